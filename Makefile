@@ -1,0 +1,88 @@
+# Works from a fresh clone with nothing installed by hand but Python (with venv), a C++20 compiler and make.
+#   PYTHON=python3.12   the interpreter the virtual environment is made with
+#   VENV=.venv          where it goes
+#   ARGS="-k qmix"      passed on by test, bench and sanitize
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt
+NATIVE_SOURCES := CMakeLists.txt $(shell find csrc bindings -type f 2>/dev/null)
+CPP_SOURCES = $(shell find csrc bindings -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+# torch's OpenMP threads spin while they wait, which is costly beside other processes on the same cores.
+RUN := OMP_WAIT_POLICY=passive
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test bench lint format sanitize clean
+
+help:
+	@echo "make demo      train VDN and QMIX on the papers' matrix game and show what they learned (5 seeds each)"
+	@echo "make test      the whole test suite"
+	@echo "make bench     the benchmarks: ours, eager PyTorch and torch.compile interleaved"
+	@echo "make lint      ruff, mypy, clang-format (check only);  make format mends what it can"
+	@echo "make sanitize  the compiled core's tests and a short fuzz under AddressSanitizer and UBSan"
+	@echo "make install   only the virtual environment in $(VENV) with the pinned set of constraints.txt"
+	@echo "make clean     removes the builds, the caches and $(VENV); keeps runs/"
+
+install: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	@echo "== virtual environment in $(VENV)"
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python {v[0]}.{v[1]}: the pinned set needs 3.11 or newer (make PYTHON=python3.11 ...)")'
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.dependencies: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "== torch and the build tools, pinned by constraints.txt"
+	@$(PIP) torch
+	@$(PIP) scikit-build-core pybind11 cmake ninja
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.dependencies $(NATIVE_SOURCES)
+	@echo "== fastmix: compiling the core and installing"
+	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable '.[train,dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	@$(RUN) $(BIN)/fastmix train --algo vdn --env matrix:resq1 --seeds 5
+	@$(RUN) $(BIN)/fastmix train --algo qmix --env matrix:resq1 --seeds 5
+
+test: $(VENV)/.installed
+	@echo "== pytest"
+	@$(RUN) $(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.installed
+	@$(RUN) $(BIN)/python -m pytest --benchmark-only $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+SANITIZED := build/sanitize
+SANITIZER_LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
+FUZZ_SECONDS ?= 60
+# Leaks are not looked for: the interpreter keeps its objects until the end.
+SANITIZE_RUN = $(RUN) LD_PRELOAD="$(SANITIZER_LIBRARIES)" UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=0 FASTMIX_TEST_CORE="$(abspath $(SANITIZED))"
+
+sanitize: $(VENV)/.installed
+	@echo "== the core with AddressSanitizer and UBSan in $(SANITIZED)"
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTMIX_SANITIZE=ON \
+		-DFASTMIX_CUDA=OFF -DPython_EXECUTABLE="$(abspath $(BIN)/python)" >/dev/null
+	@PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)
+	@echo "== tests of the ops"
+	@$(SANITIZE_RUN) $(BIN)/python -m pytest -p tests.fuzz.core -p no:cacheprovider tests/ops $(ARGS)
+	@echo "== random shapes for $(FUZZ_SECONDS) s"
+	@$(SANITIZE_RUN) $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+clean:
+	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find fastmix tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
