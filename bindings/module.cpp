@@ -1,0 +1,29 @@
+// fastmix._core: the compiled core. Each op registers itself in a file of its own.
+#include <pybind11/pybind11.h>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+namespace fastmix::bindings {
+void register_returns(py::module_& m);
+}  // namespace fastmix::bindings
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "Compiled kernels of fastmix. Tensors come as addresses, sizes and strides, checked in Python and again here.";
+  m.attr("compiler") = FASTMIX_COMPILER;
+  m.attr("openmp") =
+#if defined(_OPENMP)
+      true;
+#else
+      false;
+#endif
+  m.attr("cuda") =
+#if defined(FASTMIX_CUDA)
+      true;
+#else
+      false;
+#endif
+  m.def("isa", &fastmix::isa_name, "Instruction set in use: 'avx512', 'avx2' or 'baseline'.");
+  fastmix::bindings::register_returns(m);
+}
