@@ -68,9 +68,13 @@ def available(op: str, device: str = "cpu") -> tuple[str, ...]:
     return tuple(name for name in TABLE[op].get(device, ("reference",)) if not _obstacle(op, name, device, torch.float32))
 
 
-@torch.compiler.assume_constant_result
-@cache
+@torch.compiler.assume_constant_result  # a constant in compiled code, made by running the function, not by tracing it
 def _resolve(op: str, device: str, dtype: torch.dtype, chosen: str | None) -> str:
+    return _decide(op, device, dtype, chosen)
+
+
+@cache
+def _decide(op: str, device: str, dtype: torch.dtype, chosen: str | None) -> str:
     chosen = chosen or os.environ.get("FASTMIX_BACKEND") or None
     if chosen is not None:
         reason = _obstacle(op, _known(chosen, "backend"), device, dtype)
