@@ -1,0 +1,43 @@
+"""What mixers and agents share as torch modules: reading a PyMARL namespace and the fine-tuned initialisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+_REQUIRED: Any = object()
+
+
+def read_arg(args: Any, name: str, default: Any = _REQUIRED) -> Any:
+    """Field `name` of a PyMARL namespace (`argparse.Namespace`, `SimpleNamespace`, sacred's config object ...).
+
+    Raises `ValueError` naming the field when it is absent and has no default.
+    """
+    value = getattr(args, name, default)
+    if value is _REQUIRED:
+        raise ValueError(f"args has no field {name!r}, which this module needs")
+    return value
+
+
+def flat_size(shape: int | Sequence[int]) -> int:
+    """Size of a PyMARL shape field, which is an int or a tuple (`state_shape`, `input_shape`)."""
+    return shape if isinstance(shape, int) else math.prod(int(size) for size in shape)
+
+
+def orthogonal_init_(module: nn.Module, gain: float = 1.0) -> None:
+    """Orthogonal weights and zero biases in every linear layer under `module` (pymarl2's `use_orthogonal`)."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.orthogonal_(layer.weight, gain=gain)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def check_positive(**sizes: int) -> None:
+    """Raise `ValueError` for the first keyword whose value is not a positive int."""
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive int, got {value!r}")

@@ -1,0 +1,15 @@
+"""Utility networks: what one agent sees to the value of its actions. `REGISTRY[kind]` is the class of a kind."""
+
+from typing import Final
+
+from fastmix.agents.base import Agent
+from fastmix.agents.feed_forward import FFAgent
+from fastmix.agents.rnn import NRNNAgent, RNNAgent
+
+REGISTRY: Final[dict[str, type[Agent]]] = {
+    "rnn": RNNAgent,
+    "n_rnn": NRNNAgent,
+    "ff": FFAgent,
+}
+
+__all__ = ["REGISTRY", "Agent", "FFAgent", "NRNNAgent", "RNNAgent"]
