@@ -71,7 +71,7 @@ SANITIZER_LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX)
 FUZZ_SECONDS ?= 60
 # Leaks are not looked for: the interpreter keeps its objects until the end.
 SANITIZE_RUN = $(RUN) LD_PRELOAD="$(SANITIZER_LIBRARIES)" UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=0 FASTMIX_TEST_CORE="$(abspath $(SANITIZED))"
+	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=0 SANITIZED_CORE="$(abspath $(SANITIZED))"
 
 sanitize: $(VENV)/.installed
 	@echo "== the core with AddressSanitizer and UBSan in $(SANITIZED)"
