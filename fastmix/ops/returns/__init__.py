@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from torch import Tensor
@@ -69,10 +70,10 @@ def returns(
 
     shape = target_qs.shape
     episodes, steps = rewards.shape[:2]
-    qs = target_qs.reshape(episodes, steps + 1, -1)
+    qs = target_qs.reshape(episodes, steps + 1, math.prod(shape[2:]))
     behaviour = None if behaviour_qs is None else behaviour_qs.reshape(qs.shape)
     terminated, mask = (flag.to(qs.dtype) for flag in (terminated, mask))
-    flat_rewards = rewards.reshape(episodes, steps, -1)
+    flat_rewards = rewards.reshape(episodes, steps, math.prod(rewards.shape[2:]))
     run = native.returns if backends.resolve("returns", qs, backend) == "native" else reference.returns
     targets = run(flat_rewards, terminated, mask, qs, behaviour, gamma, kind, td_lambda, n_step)
     return targets.reshape(episodes, steps, *shape[2:])
