@@ -24,7 +24,7 @@ NAMES: Final = ("reference", "native", "triton")
 # always possible. Source of the order: the op tables of `fastmix bench ops` (benchmarks/results/).
 TABLE: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     op: {"cpu": ("native", "reference"), "cuda": ("reference",)}
-    for op in ("select", "returns", "recurrent", "monotonic", "td_loss")
+    for op in ("select", "returns", "recurrent", "monotonic", "td_loss", "optimise")
 }
 
 NATIVE_DTYPES: Final = (torch.float32, torch.float64)
