@@ -17,7 +17,6 @@ import pytest
 import fastmix
 from fastmix import backends, doctor
 
-
 CALM: dict[str, Any] = {"cpus": 2, "cpu_quota": None, "torch": 2, "openmp_runtimes": []}
 """What `doctor._threads` finds where nothing is wrong."""
 
