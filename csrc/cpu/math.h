@@ -1,7 +1,7 @@
 // Elementary functions on whole vectors, float and double: no calls of the C library, so that they inline into kernels.
 //
-// At most 3 units in the last place from the exact value (tests/core/test_math.py). NaN stays NaN; outside the range of the
-// dtype they take their limits.
+// At most 3 units in the last place from the exact value (tests/core/test_math.py). NaN stays NaN; outside the range of
+// the dtype they take their limits.
 #pragma once
 
 #include "cpu/simd.h"
@@ -9,8 +9,9 @@
 namespace fastmix::FASTMIX_ISA {
 namespace detail {
 
-// One dtype's constants. `expm1`: (expm1(r) - r) / r^2 on |r| <= ln(2) / 2; `atanh`: (2 atanh(s) / s - 2) / s^2 as a polynomial
-// in s^2 <= 1 / 9 (Chebyshev fits, relative error of the whole function below half a unit in the last place).
+// One dtype's constants. `expm1`: (expm1(r) - r) / r^2 on |r| <= ln(2) / 2; `atanh`: (2 atanh(s) / s - 2) / s^2 as a
+// polynomial in s^2 <= 1 / 9 (Chebyshev fits, relative error of the whole function below half a unit in the last
+// place).
 template <class T>
 struct MathConstants;
 
@@ -19,8 +20,8 @@ struct MathConstants<float> {
   static constexpr float log2_e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // ln2_high: 12 bits
   static constexpr float shifter = 12582912.0f;  // 1.5 * 2^23: x + shifter has round(x) in its low bits
   static constexpr int mantissa_bits = 23;
-  static constexpr float exp_low = -104.0f, exp_high = 89.0f;  // exp is 0 below, infinite above
-  static constexpr float normal = 87.0f;                       // exp(-x) .. exp(x) are normal numbers
+  static constexpr float exp_low = -104.0f, exp_high = 89.0f;    // exp is 0 below, infinite above
+  static constexpr float normal = 87.0f;                         // exp(-x) .. exp(x) are normal numbers
   static constexpr float expm1_low = -17.5f, tanh_high = 10.0f;  // expm1 is -1 below; tanh is 1 above
   static constexpr float expm1[] = {0.5f, 0.16666576666f, 0.041666554213f, 0.0083632328837f, 0.0013926250831f};
   static constexpr float atanh[] = {0.66666640225831f, 0.40007584873116f, 0.28235887907430f, 0.26856791406586f};
@@ -45,9 +46,9 @@ struct MathConstants<double> {
                                      2.7557273478718580474e-7,
                                      2.5105312729622101787e-8,
                                      2.09147553258932022e-9};
-  static constexpr double atanh[] = {0.66666666666666666889, 0.39999999999999517412, 0.2857142857160175545,
-                                     0.22222222198029474094, 0.18181819911054523602, 0.15384543492578210538,
-                                     0.13335188953901269055, 0.11734140010893390844, 0.1084630614262001925,
+  static constexpr double atanh[] = {0.66666666666666666889,  0.39999999999999517412, 0.2857142857160175545,
+                                     0.22222222198029474094,  0.18181819911054523602, 0.15384543492578210538,
+                                     0.13335188953901269055,  0.11734140010893390844, 0.1084630614262001925,
                                      0.074870965862528138569, 0.15640149889607409857};
 };
 

@@ -7,11 +7,16 @@ namespace {
 template <class T>
 Vec<T> apply(int function, Vec<T> x) {
   switch (function) {
-    case 0: return exp<T>(x);
-    case 1: return expm1<T>(x);
-    case 2: return sigmoid<T>(x);
-    case 3: return tanh<T>(x);
-    default: return softplus<T>(x);
+    case 0:
+      return exp<T>(x);
+    case 1:
+      return expm1<T>(x);
+    case 2:
+      return sigmoid<T>(x);
+    case 3:
+      return tanh<T>(x);
+    default:
+      return softplus<T>(x);
   }
 }
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mpmath
 import pytest
@@ -24,7 +25,7 @@ FLAGS = {
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
 RUNNABLE = {"baseline": ["baseline"], "avx2": ["baseline", "avx2"], "avx512": list(FLAGS)}[_core.isa()]
-FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[object], object], float]] = {
+FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Any], Any], float]] = {
     # name: in double precision, in any precision, largest |x| where the value is a normal float that moves
     "exp": (torch.exp, mpmath.exp, 87.0),
     "expm1": (torch.expm1, mpmath.expm1, 87.0),
