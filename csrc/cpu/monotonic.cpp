@@ -175,7 +175,7 @@ void find_rows(const StridedRows<T>& rows, int64_t first, int64_t count, const T
 
 // agent_qs of a block, transposed to [A][kBlockRows]; zeros behind the last row.
 template <class T>
-void gather_qs(const StridedRows<T>& agent_qs, int64_t agents, int64_t first, int64_t count, T* out) {
+__attribute__((noinline)) void gather_qs(const StridedRows<T>& agent_qs, int64_t agents, int64_t first, int64_t count, T* out) {
   const T* rows[kBlockRows];
   find_rows(agent_qs, first, count, rows);
   for (int64_t a = 0; a < agents; ++a) {
@@ -222,7 +222,7 @@ struct FirstLayer {
     }
   }
 
-  void run(const Sizes<T>& z, const T* const* x, int64_t rows, T* activations) const {
+  __attribute__((noinline)) void run(const Sizes<T>& z, const T* const* x, int64_t rows, T* activations) const {
     for_vector_tiles<kTileVectors>(z.first / lanes<T>, [&]<int V>(int64_t vector) {
       const int64_t column = vector * lanes<T>;
       for_row_tiles<kTileRows>(rows, [&]<int R>(int64_t row) {
@@ -262,7 +262,7 @@ FASTMIX_INLINE void generate(Tile<T, kMixRows, V>& tile, const Sizes<T>& z, cons
 
 // b1 columns += q_a * positive(w1_a), for all agents of a block whose first row is `first`.
 template <class T, Positivity P>
-void mix(const Sizes<T>& z, const Generators<T>& generators, T beta, const T* inputs, int64_t input_stride, const T* qs,
+__attribute__((noinline)) void mix(const Sizes<T>& z, const Generators<T>& generators, T beta, const T* inputs, int64_t input_stride, const T* qs,
          int64_t first, int64_t rows, T* activations, unsigned char* signs) {
   const int64_t vectors = z.e / lanes<T>;
   with_mix_vectors<T>(z.e, [&]<int V>() {
@@ -303,7 +303,7 @@ void mix(const Sizes<T>& z, const Generators<T>& generators, T beta, const T* in
 
 // The w2 columns, before they are made positive.
 template <class T>
-void generate_w2(const Sizes<T>& z, const Generators<T>& generators, const T* inputs, int64_t input_stride, int64_t rows,
+__attribute__((noinline)) void generate_w2(const Sizes<T>& z, const Generators<T>& generators, const T* inputs, int64_t input_stride, int64_t rows,
                  T* activations) {
   with_mix_vectors<T>(z.e, [&]<int V>() {
     for (int64_t row = 0; row < rows; row += kMixRows) {
@@ -329,7 +329,7 @@ FASTMIX_INLINE Vec<T> valid(Vec<T> x, int64_t column, int64_t columns) {
 }
 
 template <class T, Positivity P>
-void finish(const Sizes<T>& z, T beta, const T* v_weight, T v_bias, int64_t rows, const T* activations, T* q_tot) {
+__attribute__((noinline)) void finish(const Sizes<T>& z, T beta, const T* v_weight, T v_bias, int64_t rows, const T* activations, T* q_tot) {
   for (int64_t row = 0; row < rows; ++row, activations += z.stride) {
     Vec<T> total{};
     for (int64_t c = 0; c < z.e; c += lanes<T>) {
@@ -490,7 +490,7 @@ void zero(T* p, int64_t size) {
 
 // total[c] += sum over rows of x[row][c]
 template <class T>
-void add_column_sums(const T* x, int64_t stride, int64_t rows, int64_t columns, T* total) {
+__attribute__((noinline)) void add_column_sums(const T* x, int64_t stride, int64_t rows, int64_t columns, T* total) {
   for (int64_t c = 0; c < columns; c += lanes<T>) {
     Vec<T> sums{};
     for (int64_t row = 0; row < rows; ++row) sums += load(x + row * stride + c);
@@ -688,7 +688,7 @@ class Backward {
 
   // The outer layer: gradients of w2, of the b1 columns and of V's hidden layer.
   template <Positivity P>
-  void outer(int64_t first, int64_t rows, int64_t tiled, const T* activations, T* dz, int thread) {
+  __attribute__((noinline)) void outer(int64_t first, int64_t rows, int64_t tiled, const T* activations, T* dz, int thread) {
     const Block<T>& b = blocks_[thread];
     const T* grads = p_.grad_q_tot + first;
     for (int64_t c = 0; c < z_.e; c += lanes<T>) {
@@ -714,7 +714,7 @@ class Backward {
   }
 
   // dinputs2 = dw2 W2, behind the relu with two layers.
-  void w2_input_grad(const T* dw2, int64_t tiled, const T* inputs, int64_t input_stride, T* dinputs, int64_t dinput_stride) const {
+  __attribute__((noinline)) void w2_input_grad(const T* dw2, int64_t tiled, const T* inputs, int64_t input_stride, T* dinputs, int64_t dinput_stride) const {
     for_vector_tiles<kTileVectors>(z_.k / lanes<T>, [&]<int V>(int64_t vector) {
       const int64_t column = vector * lanes<T>;
       for (int64_t row = 0; row < tiled; row += kTileRows) {
@@ -737,7 +737,7 @@ class Backward {
   }
 
   // d_a and q_a d_a from the signs that forward kept (none: all positive).
-  void apply_signs(int64_t agent, int64_t first, int64_t tiled, const T* qs, const T* dmixed, T* d, T* qd, T* bias_sums) const {
+  __attribute__((noinline)) void apply_signs(int64_t agent, int64_t first, int64_t tiled, const T* qs, const T* dmixed, T* d, T* qd, T* bias_sums) const {
     const int64_t vectors = z_.e / lanes<T>;
     const bool has_signs = p_.positivity == Positivity::abs;
     unsigned char* signs = const_cast<unsigned char*>(p_.signs);
@@ -764,7 +764,7 @@ class Backward {
 
   // The same with w1_a made again, and with dq_a, for which w1_a is at hand.
   template <Positivity P>
-  void generate_again(int64_t agent, int64_t tiled, const T* inputs, int64_t input_stride, const T* qs, const T* dmixed, T* d,
+  __attribute__((noinline)) void generate_again(int64_t agent, int64_t tiled, const T* inputs, int64_t input_stride, const T* qs, const T* dmixed, T* d,
                       T* qd, T* dqs) const {
     with_mix_vectors<T>(z_.e, [&]<int V>() {
       for (int64_t row = 0; row < tiled; row += kMixRows) {
@@ -791,7 +791,7 @@ class Backward {
   }
 
   // u_a = d_a W1_a^T, dinputs1 (+)= q_a u_a, and dq_a = inputs1 . u_a + d_a . bias_a.
-  void w1_input_grad(int64_t agent, const T* d, int64_t tiled, const T* inputs, int64_t input_stride, const T* qs, T* dinputs,
+  __attribute__((noinline)) void w1_input_grad(int64_t agent, const T* d, int64_t tiled, const T* inputs, int64_t input_stride, const T* qs, T* dinputs,
                      int64_t dinput_stride, bool starts, T* dqs) const {
     const T* weights = w1_.rows + agent * z_.embed * w1_.stride;
     const T* bias = generators_.bias + agent * z_.e;
@@ -830,7 +830,7 @@ class Backward {
   }
 
   // total[embed][k] += (gradients [rows][e])^T inputs
-  void generator_weight_grad(const T* grads, const T* inputs, int64_t input_stride, int64_t rows, T* total) const {
+  __attribute__((noinline)) void generator_weight_grad(const T* grads, const T* inputs, int64_t input_stride, int64_t rows, T* total) const {
     for_vector_tiles<kTileVectors>(z_.k / lanes<T>, [&]<int V>(int64_t vector) {
       const int64_t column = vector * lanes<T>;
       for_even_row_tiles<kTileRows>(z_.embed, [&]<int R>(int64_t e) {
@@ -843,7 +843,7 @@ class Backward {
   }
 
   // total[S][first] += x^T dz
-  void first_weight_grad(const T* const* x, int64_t rows, const T* dz, T* total) const {
+  __attribute__((noinline)) void first_weight_grad(const T* const* x, int64_t rows, const T* dz, T* total) const {
     for_even_row_tiles<kTileRows>(z_.state, [&]<int R>(int64_t s) {
       for_vector_tiles<kTileVectors>(z_.first / lanes<T>, [&]<int V>(int64_t vector) {
         const int64_t column = vector * lanes<T>;
@@ -856,7 +856,7 @@ class Backward {
   }
 
   // grad[rows][S] = dz F^T, plus dx with one layer.
-  void state_grad(const T* dz, const T* dx, int64_t rows, T* grad) const {
+  __attribute__((noinline)) void state_grad(const T* dz, const T* dx, int64_t rows, T* grad) const {
     const int64_t stride = padded(z_.state);
     for_vector_tiles<kTileVectors>(stride / lanes<T>, [&]<int V>(int64_t vector) {
       const int64_t column = vector * lanes<T>;
@@ -887,7 +887,7 @@ class Backward {
   }
 
   // Adds the threads' sums up, in their order, and writes the gradients in the layout of the weights.
-  void reduce() const {
+  __attribute__((noinline)) void reduce() const {
     const MonotonicWeights<T>& out = p_.weight_grads;
     const int64_t generated = z_.agents * z_.embed;
     parallel_parts(z_.first / lanes<T>, threads_, 1, [&](int64_t begin, int64_t end, int) {
