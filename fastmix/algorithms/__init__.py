@@ -1,4 +1,7 @@
-"""Learning algorithms, one short file each. `make(name, scheme, preset=...)` builds one; `REGISTRY[name]` is its class."""
+"""Learning algorithms, one short file each.
+
+`make(name, scheme, preset=...)` builds one; `REGISTRY[name]` is its class.
+"""
 
 from __future__ import annotations
 

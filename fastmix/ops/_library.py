@@ -1,9 +1,9 @@
 """Registration of native ops with PyTorch, with a short road for eager mode.
 
-Every native op is a `torch.library` op (fake implementation and autograd registered), so that ``torch.compile``, dispatch
-modes and ``opcheck`` see it whole. That road costs about 100 microseconds a call with gradients, almost all of it Python
-bookkeeping. In plain eager mode the same three functions therefore run through one `torch.autograd.Function` (12 us), or with no
-wrapper at all where no gradient is wanted.
+Every native op is a `torch.library` op (fake implementation and autograd registered), so that ``torch.compile``,
+dispatch modes and ``opcheck`` see it whole. That road costs about 100 microseconds a call with gradients, almost all
+of it Python bookkeeping. In plain eager mode the same three functions therefore run through one
+`torch.autograd.Function` (12 us), or with no wrapper at all where no gradient is wanted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ Outputs = Tensor | tuple[Tensor, ...]
 class NativeOp:
     """One native op: call it like its ``forward``."""
 
-    def __init__(self, name: str, forward: Callable[..., Outputs], function: type[torch.autograd.Function] | None) -> None:
+    def __init__(
+        self, name: str, forward: Callable[..., Outputs], function: type[torch.autograd.Function] | None
+    ) -> None:
         self.name = name
         self._forward = forward
         self._function = function
@@ -50,7 +52,8 @@ def define(
 
     Args:
         name: the op's name inside ``torch.ops.fastmix``.
-        schema: its signature without the name, as in ``"(Tensor q, float gamma) -> Tensor"``. Tensors only outside lists, since
+        schema: its signature without the name, as in ``"(Tensor q, float gamma) -> Tensor"``. Tensors only outside
+            lists, since
             autograd does not look into lists.
         forward: computes the op on ``device``.
         fake: the same on tensors without data.
@@ -60,7 +63,7 @@ def define(
     _library.impl(name, forward, device)
     torch.library.register_fake(f"fastmix::{name}", fake, lib=_library)
     function = None
-    if backward is not None:
+    if backward is not None and setup_context is not None:
         torch.library.register_autograd(f"fastmix::{name}", backward, setup_context=setup_context, lib=_library)
         methods = {
             "forward": staticmethod(forward),
