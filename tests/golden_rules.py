@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fastmix
 from fastmix import agents, backends, mixers
+from fastmix.algorithms import Algorithm, EpisodeBatch, Scheme, make
 from fastmix.ops import returns
 from fastmix.testing import assert_close
 from fastmix.testing.golden import Golden
@@ -196,6 +197,183 @@ def check_returns(golden: Golden, setting: Setting) -> None:
     compare(golden, setting, {"targets": targets}, None, inputs)
 
 
+# ------------------------------------------------------------------------------------------------------ training steps
+
+LEARNERS = {
+    "q_learner": {"targets": "one_step"},
+    "nq_learner": {"targets": "td_lambda"},
+    "w_q_learner": {"targets": "one_step"},
+}
+"""Public learner -> settings that it implies."""
+
+PRESET_OF = {"wqmix": "pymarl", "QPLEX": "pymarl", "dfac": "pymarl", "epymarl": "epymarl", "pymarl2": "pymarl2"}
+"""Repository -> whose optimiser and loss factor its learners use."""
+
+SIZES = frozenset({"A", "B", "O", "S", "T", "U"})
+READ = SIZES | {
+    "agent",
+    "double_q",
+    "gamma",
+    "hypernet_embed",
+    "hypernet_layers",
+    "hysteretic_qmix",
+    "learner",
+    "lr",
+    "mac",
+    "mixer",
+    "mixing_embed_dim",
+    "n_step",
+    "optimizer",
+    "q_lambda",
+    "repo",
+    "rnn_hidden_dim",
+    "standardise_rewards",
+    "td_lambda",
+    "use_layer_norm",
+    "use_per",
+    "use_rnn",
+    "w",
+}
+"""Hyper-parameters of learner files that `make_learner` understands; any other is an error, not ignored."""
+
+NOT_COMPARED = {"loss/w_to_use": "a logged mean that counts padded rows; out/weights itself is compared on live rows"}
+
+
+def check_learner(golden: Golden, setting: Setting) -> None:
+    """Intermediate values and gradients of one training step, then the parameters after it."""
+    batch = make_batch(golden, setting)
+    algorithm = make_learner(golden, setting)
+    compare_intermediate(golden, setting, algorithm, batch)
+
+    algorithm = make_learner(golden, setting)
+    result = algorithm.step(batch)
+    networks = {name: dict(algorithm.networks[name].named_parameters()) for name in algorithm.online}
+    params = {f"{name}.{key}": param for name, own in networks.items() for key, param in own.items()}
+    compare_grads(golden, setting, params, golden.grads)
+    setting.close(result["grad_norm"], golden.outputs["grad_norm"], "out/grad_norm")
+    loss_name = next(name for name in ("loss/loss_td", "loss/loss") if name in golden.outputs)
+    setting.close(result["loss"], golden.outputs[loss_name], f"out/{loss_name}")
+    for key, expected in golden.after.items():
+        setting.close(params[key], expected, f"after/{key}")
+    assert not golden.after or golden.after.keys() == params.keys()
+    for key, expected in golden.params.items():
+        if key.startswith("target_"):
+            network, _, name = key.partition(".")
+            actual = algorithm.networks[network].state_dict()[name]
+            assert torch.equal(actual, setting.tensor(expected)), f"{key} moved"
+
+
+def make_learner(golden: Golden, setting: Setting) -> Algorithm:
+    """The algorithm that a learner file describes, with its parameters."""
+    config = golden.config
+    unknown = config.keys() - READ
+    if unknown:
+        raise LookupError(f"{golden.path}: hyper-parameters {sorted(unknown)} are not understood")
+    learner, preset = config["learner"], PRESET_OF[config["repo"]]
+    # pymarl2's nq_learner builds its "qmix" from the fine-tuned mixer's class.
+    mixer = "nmix" if learner == "nq_learner" and config["mixer"] == "qmix" else config["mixer"]
+    settings: dict[str, Any] = {
+        **LEARNERS[learner],
+        "mixer": mixer,
+        "agent": config.get("agent", "rnn"),
+        "optimizer": {"pymarl": "rmsprop", "epymarl": "adam"}.get(preset, config.get("optimizer", "rmsprop")),
+        "lr": config.get("lr", 5e-4),
+        "use_rnn": config.get("use_rnn", True),
+        "obs_last_action": True,
+        "hypernet_layers": config.get("hypernet_layers", 1 if mixer == "qmix" else 2),
+    }
+    settings["optim_eps"] = 1e-8 if settings["optimizer"] == "adam" else 1e-5
+    for name in ("double_q", "gamma", "hypernet_embed", "mixing_embed_dim", "rnn_hidden_dim", "use_layer_norm"):
+        if name in config:
+            settings[name] = config[name]
+    if learner == "nq_learner":
+        settings["double_q"] = True  # not read there
+        settings["td_lambda"] = config["td_lambda"]
+        settings["targets"] = "q_lambda" if config.get("q_lambda") else "td_lambda"
+    elif config.get("n_step", 1) > 1:
+        settings |= {"targets": "n_step", "n_step": config["n_step"]}
+    if learner == "w_q_learner":
+        settings |= {"weighting": "ow" if config["hysteretic_qmix"] else "cw", "w": config["w"]}
+    settings["standardise_rewards"] = config.get("standardise_rewards", False)
+
+    scheme = Scheme(config["A"], config["U"], config["O"], config["S"], config["T"] - 1)
+    name = "vdn" if mixer == "vdn" else "qmix"
+    algorithm = make(name, scheme, preset=preset, device=setting.device, **settings)
+    if setting.dtype == torch.float64:
+        algorithm.double()
+    networks = golden.networks(golden.params)
+    for network, module in algorithm.networks.items():
+        load(module, networks.pop(network, {}), setting)
+    assert not networks, f"{golden.path}: networks {sorted(networks)} are not the algorithm's"
+    return algorithm
+
+
+def make_batch(golden: Golden, setting: Setting) -> EpisodeBatch:
+    """The episodes of a learner file; mask and last actions follow from its other fields."""
+    data = golden.inputs
+    filled, terminated = data["filled"].double(), data["terminated"].double()
+    mask = filled[:, :-1].clone()
+    mask[:, 1:] *= 1 - terminated[:, :-2]
+    one_hot = data["actions_onehot"]
+    actions = torch.where(one_hot.any(-1), data["actions"].squeeze(-1).long(), -1)
+    return EpisodeBatch(
+        obs=setting.tensor(data["obs"]),
+        states=setting.tensor(data["state"]),
+        actions=data["actions"].squeeze(-1).long().to(setting.device),
+        last_actions=torch.cat([torch.full_like(actions[:, :1], -1), actions[:, :-1]], 1).to(setting.device),
+        avail_actions=(data["avail_actions"] != 0).to(setting.device),
+        rewards=setting.tensor(data["reward"][:, :-1].double()),
+        terminated=setting.tensor(terminated[:, :-1]),
+        mask=setting.tensor(mask),
+        weights=setting.tensor(data["per_weight"]).view(-1, 1, 1) if "per_weight" in data else None,
+    )
+
+
+def compare_intermediate(golden: Golden, setting: Setting, algorithm: Algorithm, batch: EpisodeBatch) -> None:
+    """Every `out/` array, on the steps that are part of an episode."""
+    ids, last = algorithm.config.obs_agent_id, batch.last_actions
+    agent_q, target_agent_q = (
+        algorithm.networks[name].unroll(batch.obs, last_actions=last, agent_ids=ids).q  # type: ignore[operator]
+        for name in ("agent", "target_agent")
+    )
+    terms = algorithm.losses(batch)
+    greedy = terms["greedy_actions"]
+    target_now = terms["target_q_tot"][:, :-1]
+    actual: dict[str, Tensor] = {
+        "mask": batch.mask,
+        "rewards_used": terms["rewards"],
+        "agent_q": agent_q,
+        "target_agent_q": target_agent_q,
+        "online_argmax": greedy.unsqueeze(-1),
+        "is_max_action": (greedy == batch.actions).all(-1, keepdim=True)[:, :-1].long(),
+        "q_tot": terms["q_tot"],
+        "target_q_tot": terms["target_q_tot"],
+        "target_central_q_greedy": target_now,  # this learner has no central network: the target mixer stands in for it
+        "qtot_larger": (terms["targets"] > target_now).long(),
+        "targets": terms["targets"],
+        "td_error": terms["td_error"],
+        "weights": terms.get("weights", torch.ones_like(terms["q_tot"])),
+        "loss/loss": terms["loss"],
+        "loss/loss_td": terms["loss"],
+    }
+    mask, filled = golden.outputs["mask"], golden.inputs["filled"]
+    steps = filled.shape[1]
+    avail = golden.inputs["avail_actions"] != 0
+    for name, expected in golden.outputs.items():
+        if name in NOT_COMPARED or name == "grad_norm":  # the norm is known after the step
+            continue
+        value = actual[name]
+        if expected.dim() == 0 or name in ("mask", "rewards_used"):
+            setting.close(value.expand(expected.shape), expected, f"out/{name}")
+            continue
+        live = filled if expected.shape[1] == steps else mask[..., :1]
+        if expected.shape[1] == steps - 1 and value.shape[1] == steps:
+            value = value[:, 1:]  # public one-step learners keep only the steps that are bootstrapped from
+        if name in ("agent_q", "target_agent_q"):  # public learners write a large negative number where unavailable
+            live = live.unsqueeze(-1) * avail[:, steps - expected.shape[1] :]
+        setting.close(value.expand(expected.shape), expected, f"out/{name}", mask=live)
+
+
 # ------------------------------------------------------------------------------------------------------ trainer's parts
 
 
@@ -266,6 +444,8 @@ def _rule(check: Callable[[Golden, Setting], Any], *ops: str) -> Rule:
     return Rule(check, ops)
 
 
+_LEARNER = _rule(check_learner, "select", "returns", "recurrent", "monotonic", "td_loss", "optimise")
+
 RULES: Mapping[str, Rule] = {
     "vdn": _rule(check_mixer),
     "resq.vdn": _rule(check_mixer),
@@ -280,6 +460,7 @@ RULES: Mapping[str, Rule] = {
     "returns": _rule(check_returns, "returns"),
     "returns_q": _rule(check_returns, "returns"),
     "common.td_lambda": _rule(check_returns, "returns"),
+    **{f"learner/{learner}/{mixer}": _LEARNER for learner in LEARNERS for mixer in ("vdn", "qmix")},
     "replay_ring": _rule(check_replay_ring),
     "epsilon_schedule": _rule(check_epsilon_schedule),
 }
