@@ -21,7 +21,7 @@ help:
 	@echo "make demo      train VDN and QMIX on the papers' matrix game and show what they learned (5 seeds each)"
 	@echo "make test      the whole test suite"
 	@echo "make bench     the benchmarks: ours, eager PyTorch and torch.compile interleaved"
-	@echo "make lint      ruff, mypy, clang-format (check only);  make format mends what it can"
+	@echo "make lint      ruff, mypy, clang-format (check only);  make format mends what it can and renews fastmix/_core.pyi"
 	@echo "make sanitize  the compiled core's tests and a short fuzz under AddressSanitizer and UBSan"
 	@echo "make install   only the virtual environment in $(VENV) with the pinned set of constraints.txt"
 	@echo "make clean     removes the builds, the caches and $(VENV); keeps runs/"
@@ -62,6 +62,7 @@ lint: $(VENV)/.installed
 	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
 
 format: $(VENV)/.installed
+	$(BIN)/python -m tests.core_stub
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
