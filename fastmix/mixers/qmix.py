@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +53,9 @@ class MonotonicMixer(Mixer):
         states = flat_states(states, agent_qs.shape[:-1], self.state_dim)
         return monotonic(agent_qs, states, self.params(), positivity=self.positivity, beta=self.beta)
 
+    @abc.abstractmethod
     def params(self) -> MonotonicParams:
         """The weights in the order of `fastmix.ops.monotonic`, read from the layers now (not copies)."""
-        raise NotImplementedError
 
     def k(self, states: Tensor) -> Tensor:
         """Share of each agent in the mix, `[..., A]`: `w1 w2` normalised over agents (pymarl2's helper for analysis).
