@@ -1,7 +1,8 @@
 # Works from a fresh clone with nothing installed by hand but Python (with venv), a C++20 compiler and make.
 #   PYTHON=python3.12   the interpreter the virtual environment is made with
 #   VENV=.venv          where it goes
-#   ARGS="-k qmix"      passed on by test, bench and sanitize
+#   ARGS="-k qmix"      passed on to pytest by test, bench and sanitize
+#   FUZZ_SECONDS=600    a longer fuzz in sanitize
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -69,7 +70,7 @@ format: $(VENV)/.installed
 
 SANITIZED := build/sanitize
 SANITIZER_LIBRARIES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
-FUZZ_SECONDS ?= 60
+FUZZ_SECONDS ?= 20
 # Leaks are not looked for: the interpreter keeps its objects until the end.
 SANITIZE_RUN = $(RUN) LD_PRELOAD="$(SANITIZER_LIBRARIES)" UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=0 SANITIZED_CORE="$(abspath $(SANITIZED))"
@@ -81,8 +82,10 @@ sanitize: $(VENV)/.installed
 	@PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)
 	@echo "== tests of the ops"
 	@$(SANITIZE_RUN) $(BIN)/python -m pytest -p tests.fuzz.core -p no:cacheprovider tests/ops $(ARGS)
-	@echo "== random shapes for $(FUZZ_SECONDS) s"
-	@$(SANITIZE_RUN) $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+	@echo "== random problems, $(FUZZ_SECONDS) s on each instruction set"
+	@for isa in baseline avx2 avx512; do \
+		$(SANITIZE_RUN) FASTMIX_ISA=$$isa $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) || exit 1; \
+	done
 
 clean:
 	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
