@@ -80,6 +80,8 @@ sanitize: $(VENV)/.installed
 	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTMIX_SANITIZE=ON \
 		-DFASTMIX_CUDA=OFF -DPython_EXECUTABLE="$(abspath $(BIN)/python)" >/dev/null
 	@PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)
+	@$(SANITIZE_RUN) $(BIN)/python -m tests.fuzz.canary 2>&1 | grep -q "AddressSanitizer: heap-buffer-overflow" \
+		|| { echo "AddressSanitizer did not notice a read past the end: is it active?"; exit 1; }
 	@echo "== tests of the ops"
 	@$(SANITIZE_RUN) $(BIN)/python -m pytest -p tests.fuzz.core -p no:cacheprovider tests/ops $(ARGS)
 	@echo "== random problems, $(FUZZ_SECONDS) s on each instruction set"
