@@ -111,6 +111,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         for path in (ROOT / "fastmix").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
     }
+    wanted |= {f"fastmix/baselines/{path.name}" for path in (ROOT / "benchmarks" / "baselines").glob("*.py")}
     assert names == wanted
     assert {"fastmix/py.typed", "fastmix/_core.pyi"} <= names
     metadata = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("licenses/LICENSE")]
