@@ -284,7 +284,9 @@ def _problems(core: dict[str, Any], threads: dict[str, Any], gpu: dict[str, Any]
             f"export OMP_NUM_THREADS={max(1, round(allowed))}",
         )
     if len(threads["openmp_runtimes"]) > 1:
-        yield Problem(f"two OpenMP runtimes are loaded: {', '.join(threads['openmp_runtimes'])}", reinstall)
+        runtimes = " and ".join(threads["openmp_runtimes"])
+        fix = "CXX=g++ pip install --force-reinstall --no-deps ."
+        yield Problem(f"torch and the core wait on each other in two OpenMP runtimes, {runtimes}", fix)
     if gpu["driver"] and not gpu["usable"]:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
         fix = "unset CUDA_VISIBLE_DEVICES" if hidden else "nvidia-smi"

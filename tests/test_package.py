@@ -82,16 +82,6 @@ def test_version_is_the_projects() -> None:
     assert f"version = {{{declared[1]}}}" in README
 
 
-def test_threads_and_kernels_share_one_openmp_runtime() -> None:
-    code = (
-        "from fastmix import doctor, ops; import torch; x = torch.ones(4, 9, 1);"
-        "ops.returns(x[:, 1:], x[:, 1:] * 0, x[:, 1:], x, gamma=0.9, backend='native');"
-        "torch.ones(300, 300) @ torch.ones(300, 300);"
-        "print(len(doctor._openmp_runtimes()))"
-    )
-    assert python(code) in ("0", "1")
-
-
 def test_stub_tells_what_the_compiled_module_has() -> None:
     stub = ast.parse(core_stub.STUB.read_text(encoding="utf-8"))
     wanted = ast.parse(core_stub.render())
