@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,26 +39,40 @@ def test_every_round_runs_every_contestant_and_begins_with_another() -> None:
     assert all(timing.n == len(timing.samples) == 4 for timing in timings.values())
 
 
-def test_warm_up_is_not_measured() -> None:
-    pauses = itertools.chain([0.05], itertools.repeat(0.0))
-    timing = interleaved({"once slow": lambda: time.sleep(next(pauses))}, rounds=3, warmup=1)["once slow"]
-    assert max(timing.samples) < 0.04
+class Clock:
+    """A clock that only moves when told, in place of the machine's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(bench.time, "perf_counter", lambda: self.now)
+
+    def takes(self, *seconds: float) -> Callable[[], None]:
+        """A contestant whose calls take ``seconds`` one after another, the last of them for ever."""
+        durations = itertools.chain(seconds, itertools.repeat(seconds[-1]))
+
+        def call() -> None:
+            self.now += next(durations)
+
+        return call
 
 
-def test_short_calls_are_repeated_and_the_sample_is_per_call() -> None:
-    calls: list[None] = []
-
-    def short() -> None:
-        calls.append(None)
-        time.sleep(0.001)
-
-    timing = interleaved({"short": short}, rounds=1, warmup=1, min_time=0.02)
-    assert 5 < len(calls) - 1 <= 20
-    assert 0.001 <= timing["short"].median < 0.02
+def test_warm_up_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = interleaved({"once slow": Clock(monkeypatch).takes(50.0, 1.0)}, rounds=3, warmup=1)["once slow"]
+    assert timing.samples == (1.0, 1.0, 1.0)
 
 
-def test_rounds_end_with_the_time_but_not_before_five() -> None:
-    assert interleaved({"nap": lambda: time.sleep(0.002)}, rounds=1000, max_time=0.0)["nap"].n == 5
+def test_short_calls_are_repeated_and_the_sample_is_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    timings = interleaved({"short": clock.takes(0.25), "long": clock.takes(8.0)}, rounds=2, warmup=1, min_time=2.0)
+    assert timings["short"].samples == (0.25, 0.25)
+    assert timings["long"].samples == (8.0, 8.0)
+    assert clock.now == 0.25 + 8.0 + 2 * (8 * 0.25 + 8.0)
+
+
+def test_rounds_end_with_the_time_but_not_before_five(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    assert interleaved({"slow": clock.takes(10.0)}, rounds=1000, max_time=1.0)["slow"].n == 5
+    assert interleaved({"quick": clock.takes(1.0)}, rounds=1000, max_time=9.5)["quick"].n == 10
 
 
 @pytest.mark.parametrize(("contestants", "rounds", "warmup"), [({}, 1, 1), ({"a": int}, 0, 1), ({"a": int}, 1, 0)])
@@ -254,7 +268,8 @@ def test_step_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--shape", "matrix", "--batch", "3", "--steps", "2"]
     assert main(["bench", "step", "--algo", "vdn", *sizes, "--rounds", "2", "--threads", "1", "--json", "-"]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert {"fastmix", "torch", "python", "cpu", "threads", "command", "load_average"} <= content["environment"].keys()
+    recorded = {"fastmix", "torch", "python", "cpu", "threads", "command", "load_average", "backends", "core"}
+    assert recorded <= content["environment"].keys()
     assert content["environment"]["threads"] == 1 and content["dtype"] == "float32"
     (result,) = content["results"]
     assert result["op"] == "step vdn" and result["sizes"] == {"episodes": 3, "steps": 2}
