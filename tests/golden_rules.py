@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ import fastmix
 from fastmix import agents, backends, mixers
 from fastmix.algorithms import Algorithm, AlgorithmConfig, EpisodeBatch, Scheme, make
 from fastmix.ops import returns
-from fastmix.testing import assert_close, poisoned_allocations
+from fastmix.testing import assert_close, poisoned_allocations, rms_ratio
 from fastmix.testing.golden import Golden
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -53,11 +53,14 @@ class Setting:
     backend: str
     dtype: torch.dtype
     device: str
+    allowance: Mapping[str, float] = field(default_factory=dict)
+    """Name of a gradient -> RMS ratio accepted for it, where `TOLERANCES` asks for what cannot be; see `Rule.run`"""
 
     def close(self, actual: Tensor, expected: Tensor, name: str, mask: Tensor | None = None) -> None:
         """`assert_close` within the precision of the setting and of the stored value."""
         stored = 2.0**-24 if expected.dtype == torch.float32 else 0.0  # largest relative error of rounding to float32
-        assert_close(actual, expected, TOLERANCES[self.dtype] + stored, name=name, mask=mask)
+        tolerance = max(TOLERANCES[self.dtype], self.allowance.get(name, 0.0)) + stored
+        assert_close(actual, expected, tolerance, name=name, mask=mask)
 
     def tensor(self, value: Tensor) -> Tensor:
         """On the device; floating-point values in the dtype."""
@@ -65,6 +68,35 @@ class Setting:
 
     def __str__(self) -> str:
         return f"{self.backend}-{str(self.dtype).removeprefix('torch.')}-{self.device}"
+
+
+@dataclass(frozen=True)
+class Shaken(Setting):
+    """The reference in float64 on parameters and inputs that are off by float32 rounding. Asserts nothing.
+
+    The first run is exact; later ones note how far each result moves from it.
+    """
+
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    exact: dict[str, Tensor] = field(default_factory=dict)
+    moved: dict[str, float] = field(default_factory=dict)
+    """Name -> largest RMS ratio to the exact run; empty during that run"""
+    noise: float = 0.0
+
+    def close(self, actual: Tensor, expected: Tensor, name: str, mask: Tensor | None = None) -> None:
+        if mask is not None or not expected.is_floating_point():
+            return
+        if self.noise == 0:
+            self.exact[name] = actual.detach().clone()
+        else:
+            self.moved[name] = max(self.moved.get(name, 0.0), rms_ratio(actual, self.exact[name]))
+
+    def tensor(self, value: Tensor) -> Tensor:
+        clean = super().tensor(value)
+        if self.noise == 0 or not clean.is_floating_point():
+            return clean
+        shaken = clean * (1 + self.noise * torch.randn(clean.shape, generator=self.generator, dtype=clean.dtype))
+        return torch.where(clean == clean.round(), clean, shaken)  # flags and counts are exact in any precision
 
 
 @dataclass(frozen=True)
@@ -88,9 +120,30 @@ class Rule:
                         yield Setting(backend, dtype, device)
 
     def run(self, golden: Golden, setting: Setting) -> None:
-        """Compare under the setting's backend, which is never replaced by another one; memory starts as NaN."""
+        """Compare under the setting's backend, which is never replaced by another one; memory starts as NaN.
+
+        Gradients jump where a ReLU or an absolute value changes sign, and float32 may land on the other side. A float32
+        run that misses is therefore compared again, gradients this time within twice what rounding of parameters and
+        inputs to float32 does to the reference's float64 gradients of this file; without a kink that is far below the
+        tolerance.
+        """
         with fastmix.backend(setting.backend), poisoned_allocations():
-            self.check(golden, setting)
+            try:
+                self.check(golden, setting)
+            except AssertionError:
+                if setting.dtype == torch.float64:
+                    raise
+                self.check(golden, replace(setting, allowance=self.kinks(golden)))
+
+    def kinks(self, golden: Golden, draws: int = 32) -> dict[str, float]:
+        """Gradient -> twice the largest RMS ratio by which float32 rounding moves it."""
+        exact = Shaken("reference", torch.float64, "cpu")
+        shaken = replace(exact, noise=2.0**-22)
+        with fastmix.backend("reference"):
+            for setting in (exact, *[shaken] * draws):
+                self.check(golden, setting)
+        gradients = ("grad/", "gradin/", "after/", "out/grad_norm")
+        return {name: 2 * moved for name, moved in shaken.moved.items() if name.startswith(gradients)}
 
 
 def label(golden: Golden) -> str:
@@ -220,6 +273,7 @@ def check_learner(golden: Golden, setting: Setting) -> None:
     compare_intermediate(golden, setting, algorithm, batch)
 
     algorithm = make_learner(golden, setting)
+    targets = [p.clone() for p in _targets(algorithm)]
     result = algorithm.step(batch)
     networks = {name: dict(algorithm.networks[name].named_parameters()) for name in algorithm.online}
     params = {f"{name}.{key}": param for name, own in networks.items() for key, param in own.items()}
@@ -230,11 +284,11 @@ def check_learner(golden: Golden, setting: Setting) -> None:
     for key, expected in golden.after.items():
         setting.close(params[key], expected, f"after/{key}")
     assert not golden.after or golden.after.keys() == params.keys()
-    for key, expected in golden.params.items():
-        if key.startswith("target_"):
-            network, _, name = key.partition(".")
-            actual = algorithm.networks[network].state_dict()[name]
-            assert torch.equal(actual, setting.tensor(expected)), f"{key} moved"
+    assert all(torch.equal(now, before) for now, before in zip(_targets(algorithm), targets, strict=True))
+
+
+def _targets(algorithm: Algorithm) -> list[Tensor]:
+    return [p for name, net in algorithm.networks.items() if name.startswith("target_") for p in net.parameters()]
 
 
 def make_learner(golden: Golden, setting: Setting) -> Algorithm:
