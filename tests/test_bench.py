@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastmix.algorithms import REGISTRY, Scheme, make
 from fastmix.cli import main
-from fastmix.experiments.bench import baselines, cases, report, steps
+from fastmix.experiments.bench import baselines, cases, report, steps, table
 from fastmix.testing import assert_close, bench
 from fastmix.testing.bench import Timing, interleaved, speedup, summarise
 from fastmix.testing.golden import Golden, folder, load
@@ -235,10 +235,14 @@ def test_products_of_recurrent_are_the_listed_ones(T: int) -> None:
 
 def test_memory_of_training_is_measured_in_processes_of_their_own() -> None:
     rows, A, E = 512, SHAPES["3m"].n_agents, 32
-    memory = cases.monotonic_memory("3m", rows, threads=1)
-    saved = memory["eager"]["saved_bytes"]
+    result = table.memory("3m", rows, threads=1)
+    memory = result["memory"]
     assert list(memory) == ["ours", "eager"]
-    assert saved is not None and saved > 2 * rows * A * E * 4  # generated weights, before and after abs
+    assert memory["eager"]["saved_bytes"] > 2 * rows * A * E * 4  # generated weights, before and after abs
+    assert result["parity"]["passed"]
+    content = report.report([result], "float32")
+    assert "### monotonic, peak memory" in report.markdown(content)
+    assert "kept for backward" in report.text(content)
 
 
 # -------------------------------------------------------------------------------------------------------------- reports
@@ -288,10 +292,10 @@ def test_ops_as_text_and_file(capsys: pytest.CaptureFixture[str], tmp_path: Path
     content = json.loads((tmp_path / "sub" / "ops.json").read_text())
     assert [result["op"] for result in content["results"]] == ["returns", "td_loss", "monotonic", "recurrent"]
     assert content["dtype"] == "float64"
-    table = report.markdown(content)
+    tables = report.markdown(content)
     assert (
-        "### monotonic, forward+backward" in table
-        and "| shape | rows | ours | eager | products | goal | met |" in table
+        "### monotonic, forward+backward" in tables
+        and "| shape | rows | ours | eager | products | goal | met |" in tables
     )
 
 
