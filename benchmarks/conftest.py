@@ -1,4 +1,4 @@
-"""Benchmarks run with ``--benchmark-only``; warnings are errors, but for those that torch.compile sets off inside torch."""
+"""Benchmarks run with ``--benchmark-only``; warnings are errors, but for those torch.compile sets off in torch."""
 
 from __future__ import annotations
 
