@@ -196,11 +196,12 @@ class Trainer:
                     self._round()
                     if self._log_is_due():
                         self._log(logger)
-                    due = counters.t_env - counters.last_checkpoint >= config.checkpoint_interval
-                    if due or self._stop:
-                        self._checkpoint(logger)
                     self._on_progress(counters.t_env)
-                    if self._stop:
+                    stop = self._stop  # looked at once: a signal may come at any moment
+                    due = counters.t_env - counters.last_checkpoint >= config.checkpoint_interval
+                    if due or stop:
+                        self._checkpoint(logger)
+                    if stop:
                         raise Interrupted(f"stopped at {counters.t_env} of {self.t_max} environment steps")
                 if counters.last_test != counters.t_env:
                     self._evaluate(logger)
@@ -293,7 +294,8 @@ class Trainer:
         counters.last_test = counters.t_env
         logger.write(counters.t_env, self._test)
         result = self._test["test_return_mean"]
-        if counters.best_return is None or result > counters.best_return:
+        # A network that has learnt nothing may be lucky; it is nobody's best.
+        if counters.updates and (counters.best_return is None or result > counters.best_return):
             counters.best_return = result
             state = {"algo": self.algo.state_dict(), "t_env": counters.t_env, **self._test}
             checkpoint.save(self.folder / BEST_FILE, state)
