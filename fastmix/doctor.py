@@ -241,7 +241,7 @@ def _gpu() -> dict[str, Any]:
         "reason": None,
     }
     if built is None:
-        found["reason"] = "this torch is a CPU build"
+        found["reason"] = "this torch is a CPU build" if _installed("torch") else "torch is not installed"
         return found
     try:
         trial = subprocess.run(
@@ -308,7 +308,7 @@ def _problems(core: dict[str, Any], threads: dict[str, Any], gpu: dict[str, Any]
 
 def _environments() -> dict[str, Environment]:
     families: dict[str, tuple[str, Callable[[], Iterator[Problem]]]] = {
-        "matrix": ("one-step matrix games, built in", lambda: iter(())),
+        "matrix": ("one-step matrix games, built in", _matrix),
         "smac": ("StarCraft Multi-Agent Challenge, the real game", _smac),
         "smax": ("SMAC-like battles in JAX (JaxMARL)", _smax),
         "pettingzoo": ("PettingZoo parallel environments, MPE (mpe2)", _pettingzoo),
@@ -320,6 +320,11 @@ def _environments() -> dict[str, Environment]:
 def _has_adapter(family: str) -> bool:
     folder = Path(fastmix.__file__).parent / "envs"
     return (folder / f"{family}.py").is_file() or (folder / family).is_dir()
+
+
+def _matrix() -> Iterator[Problem]:
+    if not _installed("torch"):
+        yield Problem("torch is not installed", "pip install torch")
 
 
 _SMAC_GIT = "git+https://github.com/oxwhirl/smac.git"

@@ -128,6 +128,20 @@ def test_a_core_that_computes_nonsense_is_status_one(
     assert json.loads(out)["core"]["problem"] == "the compiled core gives wrong numbers on a small problem"
 
 
+def test_without_torch_nothing_is_ready(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    find = doctor._installed
+    monkeypatch.setattr(doctor, "_installed", lambda module: module != "torch" and find(module))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "fastmix.backends", None)
+    status, out = findings_of(capsys, "--json")
+    found = json.loads(out)
+    assert status == 1
+    assert "torch cannot be imported" in found["core"]["problem"]
+    assert found["problems"][0]["fix"] == "pip install torch"
+    assert found["gpu"]["reason"] == "torch is not installed"
+    assert not any(environment["ready"] for environment in found["environments"].values())
+
+
 def test_smac_from_pypi_is_recognised_as_another_project(packages: Path, starcraft: Path) -> None:
     package(packages, "smac", "2.4.0", {"smac/facade/__init__.py": "", "smac/main/__init__.py": ""})
     assert f"smac 2.4.0 in {packages} is another project" in problems("smac")
