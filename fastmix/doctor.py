@@ -156,6 +156,8 @@ def _openmp_runtimes() -> list[str]:
 
 def _core() -> dict[str, Any]:
     try:
+        import torch  # noqa: F401
+
         from fastmix import backends
     except ImportError as error:
         return {"usable": False, "problem": f"torch cannot be imported ({error})"}

@@ -132,7 +132,6 @@ def test_without_torch_nothing_is_ready(capsys: pytest.CaptureFixture[str], monk
     find = doctor._installed
     monkeypatch.setattr(doctor, "_installed", lambda module: module != "torch" and find(module))
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.setitem(sys.modules, "fastmix.backends", None)
     status, out = findings_of(capsys, "--json")
     found = json.loads(out)
     assert status == 1
