@@ -62,3 +62,16 @@ def save_panels(path: Path, rows: Sequence[Sequence[Panel]], actions: Sequence[s
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return True
+
+
+def save_or_say(path: Path, rows: Sequence[Sequence[Panel]], actions: Sequence[str], title: str) -> bool:
+    """``save_panels``, with a sentence where matplotlib is missing."""
+    drawn = save_panels(path, rows, actions, title)
+    if not drawn:
+        print("(no figure: it needs matplotlib, pip install 'fastmix[train]')")
+    return drawn
+
+
+def panels_of(title: str, learned: LearnedGame) -> list[Panel]:
+    """One heat map for each learned table."""
+    return [Panel(f"{title}: {name}", table, [learned.greedy], learned) for name, table in learned.tables.items()]
