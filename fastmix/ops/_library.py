@@ -2,7 +2,8 @@
 
 Every native op is a `torch.library` op (fake implementation and autograd registered), so that ``torch.compile``, dispatch
 modes and ``opcheck`` see it whole. That road costs about 100 microseconds a call with gradients, almost all of it Python
-bookkeeping. In plain eager mode the same three functions therefore run through one `torch.autograd.Function` (12 us), or with no
+bookkeeping. In plain eager mode the same three functions therefore run through one `torch.autograd.Function` whose forward
+takes the context (a separate ``setup_context`` makes ``apply`` bind the signature by `inspect` at every call), or with no
 wrapper at all where no gradient is wanted.
 """
 
@@ -29,7 +30,7 @@ class NativeOp:
         self._packet = getattr(torch.ops.fastmix, name).default
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or _is_wrapped(args):
+        if torch.compiler.is_compiling() or _needs_dispatcher(args):
             return self._packet(*args)
         if self._function is not None and wants_grad(args):
             return self._function.apply(*args)
@@ -62,20 +63,46 @@ def define(
     function = None
     if backward is not None:
         torch.library.register_autograd(f"fastmix::{name}", backward, setup_context=setup_context, lib=_library)
-        methods = {
-            "forward": staticmethod(forward),
-            "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(torch.autograd.function.once_differentiable(backward)),
-        }
-        function = type(f"{name}_function", (torch.autograd.Function,), methods)
+        function = _eager_function(name, forward, setup_context, backward)
     return NativeOp(name, forward, function)
+
+
+def _eager_function(
+    name: str,
+    forward: Callable[..., Outputs],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None,
+    backward: Callable[..., Any],
+) -> type[torch.autograd.Function]:
+    once = torch.autograd.function.once_differentiable(backward)
+
+    def function_forward(ctx: Any, *args: Any) -> Outputs:
+        outputs = forward(*args)
+        if setup_context is not None:
+            setup_context(ctx, args, outputs)
+        return outputs
+
+    def function_backward(ctx: Any, *grads: Any) -> Any:
+        # Gradients are on only under create_graph=True, which `once` answers with an error as soon as it is used.
+        return once(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    methods = {"forward": staticmethod(function_forward), "backward": staticmethod(function_backward)}
+    return type(f"{name}_function", (torch.autograd.Function,), methods)
 
 
 def wants_grad(tensors: Sequence[Any]) -> bool:
     """Whether autograd must record an op on ``tensors`` (entries that are not tensors are ignored)."""
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                return True
+    return False
 
 
-def _is_wrapped(args: Sequence[Any]) -> bool:
-    """A tensor subclass (fake, functional, traced) among the leading arguments needs the dispatcher."""
-    return any(isinstance(t, Tensor) and type(t) not in (Tensor, torch.nn.Parameter) for t in args[:2])
+def _needs_dispatcher(args: Sequence[Any]) -> bool:
+    """Dispatch modes, function transforms and tensor subclasses (fake, functional, traced) must see the op itself."""
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
+        return True
+    for tensor in args:
+        if isinstance(tensor, Tensor) and type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return True
+    return False
