@@ -1,10 +1,10 @@
 """Registration of native ops with PyTorch, with a short road for eager mode.
 
-Every native op is a `torch.library` op (fake implementation and autograd registered), so that ``torch.compile``, dispatch
-modes and ``opcheck`` see it whole. That road costs about 100 microseconds a call with gradients, almost all of it Python
-bookkeeping. In plain eager mode the same three functions therefore run through one `torch.autograd.Function` whose forward
-takes the context (a separate ``setup_context`` makes ``apply`` bind the signature by `inspect` at every call), or with no
-wrapper at all where no gradient is wanted.
+Every native op is a `torch.library` op (fake implementation and autograd registered), so that ``torch.compile``,
+dispatch modes and ``opcheck`` see it whole. That road costs about 100 microseconds a call with gradients, almost all
+of it Python bookkeeping. In plain eager mode the same three functions therefore run through one
+`torch.autograd.Function` whose forward takes the context (a separate ``setup_context`` makes ``apply`` bind the
+signature with `inspect` at every call), or with no wrapper at all where no gradient is wanted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ Outputs = Tensor | tuple[Tensor, ...]
 class NativeOp:
     """One native op: call it like its ``forward``."""
 
-    def __init__(self, name: str, forward: Callable[..., Outputs], function: type[torch.autograd.Function] | None) -> None:
+    def __init__(
+        self, name: str, forward: Callable[..., Outputs], function: type[torch.autograd.Function] | None
+    ) -> None:
         self.name = name
         self._forward = forward
         self._function = function
@@ -51,8 +53,8 @@ def define(
 
     Args:
         name: the op's name inside ``torch.ops.fastmix``.
-        schema: its signature without the name, as in ``"(Tensor q, float gamma) -> Tensor"``. Tensors only outside lists, since
-            autograd does not look into lists.
+        schema: its signature without the name, as in ``"(Tensor q, float gamma) -> Tensor"``. Tensors only outside
+            lists, since autograd does not look into lists.
         forward: computes the op on ``device``.
         fake: the same on tensors without data.
         setup_context, backward: as for `torch.library.register_autograd`; None for an op without a gradient.
@@ -61,7 +63,7 @@ def define(
     _library.impl(name, forward, device)
     torch.library.register_fake(f"fastmix::{name}", fake, lib=_library)
     function = None
-    if backward is not None:
+    if backward is not None and setup_context is not None:
         torch.library.register_autograd(f"fastmix::{name}", backward, setup_context=setup_context, lib=_library)
         function = _eager_function(name, forward, setup_context, backward)
     return NativeOp(name, forward, function)
@@ -70,15 +72,14 @@ def define(
 def _eager_function(
     name: str,
     forward: Callable[..., Outputs],
-    setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None,
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., Any],
 ) -> type[torch.autograd.Function]:
     once = torch.autograd.function.once_differentiable(backward)
 
     def function_forward(ctx: Any, *args: Any) -> Outputs:
         outputs = forward(*args)
-        if setup_context is not None:
-            setup_context(ctx, args, outputs)
+        setup_context(ctx, args, outputs)
         return outputs
 
     def function_backward(ctx: Any, *grads: Any) -> Any:

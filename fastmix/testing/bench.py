@@ -133,7 +133,7 @@ def peak_memory(call: Callable[[], object]) -> int | None:
 
 
 def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps between forward and backward: each storage once, without ``inputs`` (data, parameters)."""
+    """Bytes that autograd keeps from forward to backward: each storage once, ``inputs`` (data, parameters) apart."""
     known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     sizes: dict[int, int] = {}
 

@@ -23,11 +23,11 @@ def recurrent(
     p = network
     episodes, _, n_agents, _ = obs.shape
     x = F.relu(F.linear(build_inputs(obs, p.fc1_weight.shape[1], last_actions, agent_ids), p.fc1_weight, p.fc1_bias))
-    h = hidden.reshape(episodes * n_agents, -1)
+    h = hidden.flatten(0, 1)
     states = []
     for step in x.unbind(1):
-        h = torch.gru_cell(step.reshape(episodes * n_agents, -1), h, p.weight_ih, p.weight_hh, p.bias_ih, p.bias_hh)
-        states.append(h.view(episodes, n_agents, -1))
+        h = torch.gru_cell(step.flatten(0, 1), h, p.weight_ih, p.weight_hh, p.bias_ih, p.bias_hh)
+        states.append(h.view(hidden.shape))
     hidden_states = torch.stack(states, 1) if states else x
     features = hidden_states
     if p.norm_weight is not None:
