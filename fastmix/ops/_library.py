@@ -18,22 +18,25 @@ from torch import Tensor
 _library = torch.library.Library("fastmix", "DEF")
 
 Outputs = Tensor | tuple[Tensor, ...]
+_Function = type[torch.autograd.Function]
 
 
 class NativeOp:
     """One native op: call it like its ``forward``."""
 
     def __init__(
-        self, name: str, forward: Callable[..., Outputs], function: type[torch.autograd.Function] | None
+        self, name: str, forward: Callable[..., Outputs], functions: tuple[_Function | None, _Function | None]
     ) -> None:
         self.name = name
         self._forward = forward
-        self._function = function
+        self._function, self._transformable = functions
         self._packet = getattr(torch.ops.fastmix, name).default
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or _needs_dispatcher(args):
             return self._packet(*args)
+        if torch._C._are_functorch_transforms_active():
+            return self._packet(*args) if self._transformable is None else self._transformable.apply(*args)
         if self._function is not None and wants_grad(args):
             return self._function.apply(*args)
         return self._forward(*args)
@@ -62,32 +65,41 @@ def define(
     _library.define(f"{name}{schema}")
     _library.impl(name, forward, device)
     torch.library.register_fake(f"fastmix::{name}", fake, lib=_library)
-    function = None
+    functions: tuple[_Function | None, _Function | None] = (None, None)
     if backward is not None and setup_context is not None:
         torch.library.register_autograd(f"fastmix::{name}", backward, setup_context=setup_context, lib=_library)
-        function = _eager_function(name, forward, setup_context, backward)
-    return NativeOp(name, forward, function)
+        functions = _functions(name, forward, setup_context, backward)
+    return NativeOp(name, forward, functions)
 
 
-def _eager_function(
+def _functions(
     name: str,
     forward: Callable[..., Outputs],
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., Any],
-) -> type[torch.autograd.Function]:
+) -> tuple[_Function, _Function]:
+    """The op for plain eager mode, and in the slower form that `torch.func` transforms ask for."""
     once = torch.autograd.function.once_differentiable(backward)
 
-    def function_forward(ctx: Any, *args: Any) -> Outputs:
+    def quick_forward(ctx: Any, *args: Any) -> Outputs:
         outputs = forward(*args)
         setup_context(ctx, args, outputs)
         return outputs
 
-    def function_backward(ctx: Any, *grads: Any) -> Any:
+    def quick_backward(ctx: Any, *grads: Any) -> Any:
         # Gradients are on only under create_graph=True, which `once` answers with an error as soon as it is used.
         return once(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
 
-    methods = {"forward": staticmethod(function_forward), "backward": staticmethod(function_backward)}
-    return type(f"{name}_function", (torch.autograd.Function,), methods)
+    quick = {"forward": staticmethod(quick_forward), "backward": staticmethod(quick_backward)}
+    transformable = {
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(once),
+    }
+    return (
+        type(f"{name}_function", (torch.autograd.Function,), quick),
+        type(f"{name}_transformable", (torch.autograd.Function,), transformable),
+    )
 
 
 def wants_grad(tensors: Sequence[Any]) -> bool:
@@ -100,8 +112,8 @@ def wants_grad(tensors: Sequence[Any]) -> bool:
 
 
 def _needs_dispatcher(args: Sequence[Any]) -> bool:
-    """Dispatch modes, function transforms and tensor subclasses (fake, functional, traced) must see the op itself."""
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
+    """Dispatch modes and tensor subclasses (fake, functional, traced) must see the op itself."""
+    if torch._C._len_torch_dispatch_stack() > 0:
         return True
     for tensor in args:
         if isinstance(tensor, Tensor) and type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:

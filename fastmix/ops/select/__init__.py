@@ -88,9 +88,7 @@ def _check_tensors(
         raise TypeError(f"actions must have dtype torch.int64, got {actions.dtype}")
 
 
-def _check_values(
-    agent_qs: Tensor, avail_actions: Tensor | None, actions: Tensor | None, live: Tensor | None
-) -> None:
+def _check_values(agent_qs: Tensor, avail_actions: Tensor | None, actions: Tensor | None, live: Tensor | None) -> None:
     """What the native pass checks on its way; on CUDA `torch.gather` itself asserts that actions exist."""
     if torch.compiler.is_compiling():
         return

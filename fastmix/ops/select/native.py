@@ -33,7 +33,7 @@ def select(
     mask: Tensor | None,
 ) -> Selection:
     """See `fastmix.ops.select`; arguments are already checked, ``mask`` is the rows that need an available action."""
-    greedy, greedy_qs, chosen, target, all_greedy = _select(agent_qs, avail_actions, actions, target_qs, mask)
+    greedy_qs, chosen, target, greedy, all_greedy = _select(agent_qs, avail_actions, actions, target_qs, mask)
     return Selection(
         greedy,
         greedy_qs,
@@ -50,7 +50,7 @@ def _forward(
     target_qs: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Greedy actions and values, and for absent arguments empty tensors, since an op returns tensors only."""
+    """Values before indices; empty tensors for what absent arguments leave out, since an op returns tensors only."""
     from fastmix import _core
 
     shape = agent_qs.shape
@@ -80,7 +80,7 @@ def _forward(
         raise_out_of_range(wrong_row, rows, shape[-1])
     if empty_row >= 0:
         raise_nothing_available(empty_row, rows)
-    return greedy, greedy_qs, chosen, target, all_greedy
+    return greedy_qs, chosen, target, greedy, all_greedy
 
 
 def raise_out_of_range(row: int, rows: torch.Size, n_actions: int) -> None:
@@ -122,21 +122,25 @@ def _rows(tensor: Tensor | None) -> tuple[int, tuple[int, ...]]:
 
 
 def _fake(
-    agent_qs: Tensor, avail_actions: Tensor | None, actions: Tensor | None, target_qs: Tensor | None, mask: Tensor | None
+    agent_qs: Tensor,
+    avail_actions: Tensor | None,
+    actions: Tensor | None,
+    target_qs: Tensor | None,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape = agent_qs.shape[:-1]
     return (
-        agent_qs.new_empty(shape, dtype=torch.int64),
         agent_qs.new_empty(shape),
         agent_qs.new_empty(0 if actions is None else shape),
         agent_qs.new_empty(0 if target_qs is None else shape),
+        agent_qs.new_empty(shape, dtype=torch.int64),
         agent_qs.new_empty(0 if actions is None else shape[:-1], dtype=torch.bool),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     agent_qs, _, actions, _, _ = inputs
-    greedy, greedy_qs, _, target, all_greedy = output
+    greedy_qs, _, target, greedy, all_greedy = output
     ctx.n_actions = agent_qs.shape[-1]
     ctx.has_actions = actions is not None
     ctx.set_materialize_grads(False)
@@ -144,7 +148,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(greedy, greedy_qs, actions)
 
 
-def _backward(ctx: Any, _greedy: None, grad_greedy_qs: Tensor | None, grad_chosen: Tensor | None, *_: Any) -> Any:
+def _backward(ctx: Any, grad_greedy_qs: Tensor | None, grad_chosen: Tensor | None, *_: Any) -> Any:
     greedy, greedy_qs, actions = ctx.saved_tensors
     if not ctx.has_actions:
         grad_chosen = None

@@ -75,9 +75,7 @@ def _scalar(normaliser: Tensor | float, qs: Tensor) -> Tensor:
     return normaliser.detach().reshape(()).to(qs.dtype)
 
 
-def _check_tensors(
-    qs: Tensor, targets: Tensor, mask: Tensor, weights: Tensor | None, residual: Tensor | None
-) -> None:
+def _check_tensors(qs: Tensor, targets: Tensor, mask: Tensor, weights: Tensor | None, residual: Tensor | None) -> None:
     _checks.check_tensor("qs", qs)
     _checks.check_floating("qs", qs)
     shape, device = qs.shape, qs.device
