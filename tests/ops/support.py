@@ -38,9 +38,8 @@ def run_tests_under_isa(file: str, select: str, isa: str) -> None:
     # A sanitized core, where one is in use, is loaded by a plugin; the child takes it as well.
     plugin = ["-p", "tests.fuzz.core"] if "tests.fuzz.core" in sys.modules else []
     command = [sys.executable, "-m", "pytest", *plugin, "-q", "-p", "no:cacheprovider", "-k", select, file]
-    run = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"FASTMIX_ISA": isa}, capture_output=True, text=True, check=False
-    )
+    environment = os.environ | {"FASTMIX_ISA": isa, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
