@@ -8,6 +8,8 @@ namespace py = pybind11;
 namespace fastmix::bindings {
 void register_optimise(py::module_& m);
 void register_returns(py::module_& m);
+void register_select(py::module_& m);
+void register_td_loss(py::module_& m);
 }  // namespace fastmix::bindings
 
 PYBIND11_MODULE(_core, m) {
@@ -28,4 +30,6 @@ PYBIND11_MODULE(_core, m) {
   m.def("isa", &fastmix::isa_name, "Instruction set in use: 'avx512', 'avx2' or 'baseline'.");
   fastmix::bindings::register_optimise(m);
   fastmix::bindings::register_returns(m);
+  fastmix::bindings::register_select(m);
+  fastmix::bindings::register_td_loss(m);
 }
