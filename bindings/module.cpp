@@ -6,11 +6,13 @@
 namespace py = pybind11;
 
 namespace fastmix::bindings {
+void register_recurrent(py::module_& m);
 void register_returns(py::module_& m);
 }  // namespace fastmix::bindings
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "Compiled kernels of fastmix. Tensors come as addresses, sizes and strides, checked in Python and again here.";
+  m.doc() =
+      "Compiled kernels of fastmix. Tensors come as addresses, sizes and strides, checked in Python and again here.";
   m.attr("compiler") = FASTMIX_COMPILER;
   m.attr("openmp") =
 #if defined(_OPENMP)
@@ -25,5 +27,6 @@ PYBIND11_MODULE(_core, m) {
       false;
 #endif
   m.def("isa", &fastmix::isa_name, "Instruction set in use: 'avx512', 'avx2' or 'baseline'.");
+  fastmix::bindings::register_recurrent(m);
   fastmix::bindings::register_returns(m);
 }

@@ -14,20 +14,24 @@ NORM_EPS = 1e-5
 def recurrent(
     obs: Tensor,
     network: RecurrentParams,
-    hidden: Tensor,
+    hidden: Tensor | None,
     last_actions: Tensor | None,
     agent_ids: bool,
     return_hidden_states: bool,
 ) -> RecurrentOutput:
-    """See `fastmix.ops.recurrent`, for one network; arguments are already checked."""
+    """See `fastmix.ops.recurrent`, for one network; arguments are already checked. A missing hidden state is zero."""
     p = network
     episodes, _, n_agents, _ = obs.shape
+    if hidden is None:
+        hidden = obs.new_zeros(episodes, n_agents, p.weight_hh.shape[1])
     x = F.relu(F.linear(build_inputs(obs, p.fc1_weight.shape[1], last_actions, agent_ids), p.fc1_weight, p.fc1_bias))
-    h = hidden.reshape(episodes * n_agents, -1)
+    h = hidden.reshape(episodes * n_agents, hidden.shape[-1])
     states = []
     for step in x.unbind(1):
-        h = torch.gru_cell(step.reshape(episodes * n_agents, -1), h, p.weight_ih, p.weight_hh, p.bias_ih, p.bias_hh)
-        states.append(h.view(episodes, n_agents, -1))
+        h = torch.gru_cell(
+            step.reshape(episodes * n_agents, x.shape[-1]), h, p.weight_ih, p.weight_hh, p.bias_ih, p.bias_hh
+        )
+        states.append(h.view(hidden.shape))
     hidden_states = torch.stack(states, 1) if states else x
     features = hidden_states
     if p.norm_weight is not None:
