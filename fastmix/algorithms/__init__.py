@@ -1,4 +1,7 @@
-"""Learning algorithms, one short file each. `make(name, scheme, preset=...)` builds one; `REGISTRY[name]` is its class."""
+"""Learning algorithms, one short file each.
+
+`make(name, scheme, preset=...)` builds one; `REGISTRY[name]` is its class.
+"""
 
 from __future__ import annotations
 
@@ -53,4 +56,5 @@ def make(
     **overrides: Any,
 ) -> Algorithm:
     """An algorithm ready to train; see `configure` for ``preset`` and ``overrides``, `Algorithm` for the rest."""
-    return REGISTRY[name](scheme, configure(name, preset, **overrides), device=device, seed=seed)
+    config = configure(name, preset, **overrides)
+    return REGISTRY[name](scheme, config, device=device, seed=seed)

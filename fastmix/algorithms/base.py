@@ -34,7 +34,9 @@ class Algorithm(abc.ABC):
     preset_overrides: ClassVar[dict[str, dict[str, Any]]] = {}
     """Preset name -> what this algorithm sets over that preset."""
 
-    def __init__(self, scheme: Scheme, config: AlgorithmConfig, *, device: torch.device | str = "cpu", seed: int = 0) -> None:
+    def __init__(
+        self, scheme: Scheme, config: AlgorithmConfig, *, device: torch.device | str = "cpu", seed: int = 0
+    ) -> None:
         self.scheme, self.config, self.device = scheme, config, torch.device(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -54,15 +56,15 @@ class Algorithm(abc.ABC):
     def losses(self, batch: EpisodeBatch) -> dict[str, Tensor]:
         """The loss (``"loss"``, 0-dim, with gradient) and the tensors it was made of.
 
-        Always there: ``td_error [B, T, K]``, ``targets [B, T, K]``, ``q_tot [B, T, K]`` (``K`` is 1, or the agents without a mixer).
+        Always there: ``td_error``, ``targets`` and ``q_tot``, each ``[B, T, K]``; ``K`` is 1, or ``A`` without a mixer.
         """
 
     def step(self, batch: EpisodeBatch, *, detailed: bool = False) -> dict[str, Tensor]:
         """One training step on ``batch``: loss, gradients, joint clip, optimiser. Nothing waits for the device.
 
         Returns:
-            0-dim tensors ``loss`` and ``grad_norm`` (before the clip), and the masked ``td_error [B, T, K]``; with ``detailed``
-            also means over live transitions: ``td_error_abs``, ``q_tot_mean``, ``target_mean``.
+            0-dim tensors ``loss`` and ``grad_norm`` (before the clip), and the masked ``td_error [B, T, K]``; with
+            ``detailed`` also means over live transitions: ``td_error_abs``, ``q_tot_mean``, ``target_mean``.
         """
         self.optimiser.zero_grad()
         terms = self.losses(batch)
@@ -84,9 +86,9 @@ class Algorithm(abc.ABC):
     def update_targets(self) -> None:
         """Copy every online network into its target."""
         for name in self.online:
-            source = list(self.networks[name].parameters())
+            source: list[Tensor] = [*self.networks[name].parameters()]
             if source:
-                torch._foreach_copy_(list(self.networks[f"target_{name}"].parameters()), source)
+                torch._foreach_copy_([*self.networks[f"target_{name}"].parameters()], source)
 
     def initial_hidden(self, n: int) -> Tensor:
         """Zero hidden state of ``n`` environments, ``[n, A, D]``."""
@@ -105,7 +107,8 @@ class Algorithm(abc.ABC):
     ) -> tuple[Tensor, Tensor]:
         """Epsilon-greedy actions of all agents in ``n`` environments.
 
-        Each agent, independently, takes a uniformly drawn available action with probability ``epsilon``, else its greedy one.
+        Each agent, independently, takes a uniformly drawn available action with probability ``epsilon``, else its
+        greedy one.
 
         Args:
             obs: ``[n, A, O]``.
@@ -141,7 +144,7 @@ class Algorithm(abc.ABC):
 
     @torch.inference_mode()
     def mix(self, agent_qs: Tensor, states: Tensor) -> Tensor:
-        """Joint value of the agents' values ``[..., A]`` in ``states [..., S]``: ``[..., 1]``; their sum without a mixer."""
+        """Joint value ``[..., 1]`` of values ``[..., A]`` in ``states [..., S]``; the sum without a mixer."""
         mixer = self.networks.get("mixer")
         joint: Tensor = agent_qs.sum(-1, keepdim=True) if mixer is None else mixer(agent_qs, states)
         return joint
@@ -203,17 +206,17 @@ class Algorithm(abc.ABC):
             options |= {"positivity": c.qmix_pos_func, "beta": c.qmix_pos_func_beta}
         return mixers.REGISTRY[c.mixer](s.n_agents, s.state_dim, use_orthogonal=c.use_orthogonal, **options)
 
-    def _unroll(self, obs: Tensor, last_actions: Tensor, *names: str, hidden: Tensor | None = None) -> list[RecurrentOutput]:
+    def _unroll(
+        self, obs: Tensor, last_actions: Tensor, *names: str, hidden: Tensor | None = None
+    ) -> list[RecurrentOutput]:
         """The agent networks ``names`` over whole sequences; all recurrent ones in one call."""
         networks = [self.networks[name] for name in names]
-        inputs = {
-            "last_actions": last_actions if self.config.obs_last_action else None,
-            "agent_ids": self.config.obs_agent_id,
-        }
-        if all(isinstance(n, agents.RNNAgent) and n.is_recurrent for n in networks):
+        actions, ids = last_actions if self.config.obs_last_action else None, self.config.obs_agent_id
+        parameters = [n.params() for n in networks if isinstance(n, agents.RNNAgent) and n.is_recurrent]
+        if len(parameters) == len(networks):
             start = None if hidden is None else [hidden] * len(networks)
-            return recurrent(obs, [n.params() for n in networks], start, **inputs)
-        return [n.unroll(obs, hidden, **inputs) for n in networks]
+            return recurrent(obs, parameters, start, last_actions=actions, agent_ids=ids)
+        return [n.unroll(obs, hidden, actions, ids) for n in networks if isinstance(n, agents.Agent)]
 
     def _utilities(self, obs: Tensor, last_actions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """One acting step: ``[n, A, U]`` and the new hidden state."""

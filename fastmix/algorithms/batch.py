@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ class Scheme:
 class EpisodeBatch:
     """Whole episodes of ``T`` transitions (``T + 1`` stored steps), padded to one length.
 
-    ``B`` episodes, ``A`` agents, ``U`` actions, ``O`` observation and ``S`` state features. Padded steps may hold anything.
+    ``B`` episodes, ``A`` agents, ``U`` actions, ``O`` observation and ``S`` state features. Padded steps hold finite
+    numbers that no result depends on.
     """
 
     obs: Tensor
@@ -53,7 +55,7 @@ class EpisodeBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> EpisodeBatch:
         """The batch on ``device``."""
-        moved = {}
+        moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             moved[field.name] = None if value is None else value.to(device, non_blocking=non_blocking)

@@ -11,7 +11,7 @@ from fastmix.ops.monotonic import POSITIVITIES
 from fastmix.ops.returns import KINDS
 
 
-def option(default: Any, help: str) -> Any:  # noqa: A002 - the word that argparse uses
+def option(default: Any, help: str) -> Any:
     """A configuration field with its help text."""
     return dataclasses.field(default=default, metadata={"help": help})
 
@@ -45,7 +45,7 @@ class AlgorithmConfig:
     td_weight: float = option(1.0, "weight of every transition (5 for the fine-tuned variants named *_5)")
     weighting: str = option("none", "weights of transitions without a central critic: none, cw, ow")
     w: float = option(0.5, "weight of the transitions that `weighting` makes less of")
-    standardise_rewards: bool = option(False, "divide rewards by their running deviation after taking their running mean off")
+    standardise_rewards: bool = option(False, "standardise rewards by their running mean and deviation")
 
     optimizer: str = option("rmsprop", "rmsprop or adam")
     lr: float = option(5e-4, "learning rate")
@@ -57,7 +57,7 @@ class AlgorithmConfig:
 
     batch_size: int = option(32, "episodes in a training batch")
     buffer_size: int = option(5000, "episodes that replay holds")
-    batch_size_run: int = option(1, "environment copies played at once; one training step per this many finished episodes")
+    batch_size_run: int = option(1, "environment copies; one training step per this many finished episodes")
     epsilon_start: float = option(1.0, "exploration at the start")
     epsilon_finish: float = option(0.05, "exploration at the end")
     epsilon_anneal_time: int = option(50_000, "environment steps from start to finish")

@@ -13,8 +13,9 @@ from fastmix import backends
 class Optimiser:
     """RMSprop or Adam with one joint clip of the gradient norm, as one pass over all parameters.
 
-    The same arithmetic as ``clip_grad_norm_`` followed by `torch.optim.RMSprop` or `torch.optim.Adam`; a parameter whose gradient
-    is None is left alone, its state too. On the CPU the pass is native: a dozen small tensors cost one call, not six apiece.
+    The same arithmetic as ``clip_grad_norm_`` followed by `torch.optim.RMSprop` or `torch.optim.Adam`; a parameter
+    whose gradient is None is left alone, its state too. On the CPU the pass is native: a dozen small tensors cost one
+    call, not six apiece.
 
     Args:
         parameters: what is optimised, all of one dtype and device.
@@ -37,7 +38,8 @@ class Optimiser:
         clip: float,
     ) -> None:
         self.parameters = list(parameters)
-        self.kind, self.lr, self.alpha, self.eps, self.weight_decay, self.clip = kind, lr, alpha, eps, weight_decay, clip
+        self.kind, self.lr, self.alpha, self.eps = kind, lr, alpha, eps
+        self.weight_decay, self.clip = weight_decay, clip
         self.squares = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in self.parameters]
         self.means = [torch.zeros_like(s) for s in self.squares] if kind == "adam" else []
         self.steps = 0
@@ -69,7 +71,7 @@ class Optimiser:
         """
         mine = self.state_dict()
         if mine.keys() != state.keys() or any(mine[k].shape != state[k].shape for k in mine):
-            raise ValueError(f"optimiser state must hold {len(mine)} tensors that fit these parameters, got {len(state)}")
+            raise ValueError(f"optimiser state must be {len(mine)} tensors that fit the parameters, got {len(state)}")
         for name in mine.keys() - {"steps"}:
             mine[name].copy_(state[name])
         self.steps = int(state["steps"])
@@ -82,7 +84,7 @@ class Optimiser:
         with_grad = [i for i, p in enumerate(self.parameters) if p.grad is not None]
         parameters = [self.parameters[i] for i in with_grad]
         # Gradients of transposed or expanded results may come with strides; the pass runs over dense memory.
-        grads = [p.grad if p.grad.is_contiguous() else p.grad.contiguous() for p in parameters]  # type: ignore[union-attr]
+        grads = [p.grad.contiguous() for p in parameters if p.grad is not None]
         _core.optimise(
             [p.data_ptr() for p in parameters],
             [g.data_ptr() for g in grads],
@@ -103,7 +105,7 @@ class Optimiser:
             return torch.zeros(())
         parameters = [self.parameters[i] for i in with_grad]
         squares = [self.squares[i] for i in with_grad]
-        grads: list[Tensor] = [p.grad for p in parameters]  # type: ignore[misc]
+        grads = [p.grad for p in parameters if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         grads = list(torch._foreach_mul(grads, (self.clip / (norm + 1e-6)).clamp(max=1.0)))
         if self.weight_decay:

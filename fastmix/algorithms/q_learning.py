@@ -14,8 +14,8 @@ from fastmix.ops import returns, select, td_loss
 class QLearning(Algorithm):
     """Unroll the agents, mix their values, learn towards a bootstrapped target.
 
-    ``Q_tot = mix(Q_i(a_i), s)`` and ``y`` from ``mix^-(Q_i^-(argmax Q_i), s)``; the loss is the mean over live transitions of
-    ``loss_scale * td_weight * w * (Q_tot - y)^2``. Targets and weights carry no gradient.
+    ``Q_tot = mix(Q_i(a_i), s)`` and ``y`` from ``mix^-(Q_i^-(argmax Q_i), s)``; the loss is the mean over
+    live transitions of ``loss_scale * td_weight * w * (Q_tot - y)^2``. Targets and weights carry no gradient.
     """
 
     def _build(self) -> dict[str, nn.Module]:
@@ -26,7 +26,11 @@ class QLearning(Algorithm):
         return networks
 
     def losses(self, batch: EpisodeBatch) -> dict[str, Tensor]:
-        """See `Algorithm.losses`; also ``target_q_tot [B, T+1, K]``, ``greedy_actions [B, T+1, A]``, ``rewards``, ``weights``."""
+        """See `Algorithm.losses`.
+
+        Also ``target_q_tot [B, T + 1, K]``, ``greedy_actions [B, T + 1, A]``, ``rewards [B, T, 1]`` as used, and
+        ``weights``.
+        """
         c = self.config
         online, target = self._unroll(batch.obs, batch.last_actions, "agent", "target_agent")
         chosen = select(online.q, batch.avail_actions, actions=batch.actions, target_qs=target.q)

@@ -9,8 +9,8 @@ from torch import Tensor
 class RunningMoments:
     """Mean and variance of all rewards seen, padded ones (zeros) included; calling it updates them and standardises.
 
-    Starts from mean 0, variance 1 and a count of 1e-4; batches are merged by Chan's formula with their unbiased variance.
-    ``values`` holds mean, variance and count in float64.
+    Starts from mean 0, variance 1 and a count of 1e-4; batches are merged by Chan's formula with their unbiased
+    variance. ``values`` holds mean, variance and count in float64.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -34,7 +34,8 @@ def returns(
     * ``"one_step"``: ``y_t = r_t + gamma (1 - d_t) Q_{t+1}``
     * ``"td_lambda"``: ``y_t = lambda gamma y_{t+1} + m_t (r_t + (1 - lambda) gamma (1 - d_t) Q_{t+1})`` from
       ``y_T = Q_T (1 - sum_t d_t)``; with greedy bootstraps this is Peng's Q(lambda).
-    * ``"q_lambda"``: the same with ``r_t + Q_t - Qb_t`` in place of ``r_t`` (pymarl2's form, not the published corrected return).
+    * ``"q_lambda"``: the same with ``r_t + Q_t - Qb_t`` in place of ``r_t`` (pymarl2's form, not the published
+    corrected return).
     * ``"n_step"``: ``n`` discounted live rewards and the bootstrap at the end of the window, or of the episode.
 
     Values are exact only where the mask is 1; elsewhere they are finite as long as the bootstraps are.
@@ -86,7 +87,9 @@ def _check_tensors(
         _checks.check_tensor(name, tensor)
     _checks.check_floating("target_qs", target_qs)
     if target_qs.dim() < 3 or target_qs.shape[1] < 1:
-        raise ValueError(f"target_qs must have shape [B, T + 1, ...] with at least 3 dimensions, got {tuple(target_qs.shape)}")
+        raise ValueError(
+            f"target_qs must have shape [B, T + 1, ...] with at least 3 dimensions, got {tuple(target_qs.shape)}"
+        )
     episodes, steps = target_qs.shape[0], target_qs.shape[1] - 1
     trailing = tuple(target_qs.shape[2:])
     if tuple(rewards.shape) not in ((episodes, steps, 1), (episodes, steps, *trailing)):
