@@ -24,12 +24,12 @@ namespace {
 constexpr int64_t kBlockRows = 96;             // rows of a block: with H = 64 its activations and one agent's weights fit in L1
 constexpr int64_t kGradRows = 2 * kBlockRows;  // rows of one first-layer weight gradient product
 constexpr int64_t kAhead = 16;                 // columns of x that this product asks for in advance: one cache line of floats
-constexpr int64_t kDotRows = 3;                // up to so many rows, dot products beat packing the weights
+constexpr int64_t kDotRows = 6;                // up to so many rows, dot products beat packing the weights
 constexpr double kFlopsPerThread = 4e6;        // less work than this is not worth another thread
 constexpr int kMixRows = kVectorRegisters >= 32 ? 12 : 6;  // tile of generated weights: kMixRows x 1 or 2 vectors
 
 static_assert(kMonotonicRowPadding % kMixRows == 0 && kMonotonicRowPadding % kTileRows == 0);
-static_assert(kBlockRows % kMonotonicRowPadding == 0 && kMonotonicColumnPadding % lanes<float> == 0);
+static_assert(kBlockRows % kMonotonicRowPadding == 0 && kBlockRows % lanes<float> == 0 && kMonotonicColumnPadding % lanes<float> == 0);
 
 constexpr int64_t padded(int64_t columns) { return round_up(columns, kMonotonicColumnPadding); }
 
@@ -233,11 +233,9 @@ struct FirstLayer {
         for (int j = 0; j < V; ++j) {
           const Vec<T> low = load(floor + column + j * lanes<T>);
 #pragma GCC unroll 16
-          for (int i = 0; i < R; ++i) {
-            const Vec<T> value = tile.at[i][j];
-            store(activations + (row + i) * z.stride + column + j * lanes<T>, value < low ? low : value);
-          }
+          for (int i = 0; i < R; ++i) tile.at[i][j] = tile.at[i][j] < low ? low : tile.at[i][j];
         }
+        tile.store_to(activations + row * z.stride + column, z.stride);
       });
     });
   }
@@ -541,6 +539,7 @@ struct Block {
   T* dw2;     // [kBlockRows][e]
   T* qs;      // [A][kBlockRows]
   T* dqs;     // [A][kBlockRows]
+  T* parts;   // [kBlockRows][lanes]: dq_a before its last sum
   T* states;  // [kBlockRows][k], one layer only
   T* dx;      // [kBlockRows][k], one layer only: gradient of the states through the generators
 
@@ -551,6 +550,7 @@ struct Block {
         dw2(scratch.take<T>(kBlockRows * z.e)),
         qs(scratch.take<T>(z.agents * kBlockRows)),
         dqs(scratch.take<T>(z.agents * kBlockRows)),
+        parts(scratch.take<T>(kBlockRows * lanes<T>)),
         states(scratch.take<T>(z.two_layers ? 0 : kBlockRows * z.k)),
         dx(scratch.take<T>(z.two_layers ? 0 : kBlockRows * z.k)) {}
 };
@@ -659,7 +659,8 @@ class Backward {
       }
       if (dinputs1 != nullptr || (p_.grad_agent_qs != nullptr && !again_)) {
         const bool starts = z_.two_layers && agent == 0;  // with one layer w2_input_grad has begun the sum
-        w1_input_grad(agent, b.d, tiled, inputs1, input_stride, qs, dinputs1, dinput_stride, starts, again_ ? nullptr : dqs);
+        w1_input_grad(agent, b.d, tiled, inputs1, input_stride, qs, dinputs1, dinput_stride, starts, again_ ? nullptr : dqs,
+                      b.parts);
       }
       if (p_.wants_weights) {
         generator_weight_grad(b.qd, inputs1, input_stride, rows, grads_[thread].w1 + agent * z_.embed * z_.k);
@@ -792,7 +793,7 @@ class Backward {
 
   // u_a = d_a W1_a^T, dinputs1 (+)= q_a u_a, and dq_a = inputs1 . u_a + d_a . bias_a.
   __attribute__((noinline)) void w1_input_grad(int64_t agent, const T* d, int64_t tiled, const T* inputs, int64_t input_stride, const T* qs, T* dinputs,
-                     int64_t dinput_stride, bool starts, T* dqs) const {
+                     int64_t dinput_stride, bool starts, T* dqs, T* parts) const {
     const T* weights = w1_.rows + agent * z_.embed * w1_.stride;
     const T* bias = generators_.bias + agent * z_.e;
     for_vector_tiles<kTileVectors>(z_.k / lanes<T>, [&]<int V>(int64_t vector) {
@@ -810,7 +811,8 @@ class Backward {
             }
 #pragma GCC unroll 8
             for (int j = 0; j < V; ++j) dq += load(inputs + (row + i) * input_stride + column + j * lanes<T>) * u.at[i][j];
-            dqs[row + i] += sum<T>(dq);
+            T* to = parts + (row + i) * lanes<T>;
+            store(to, column == 0 ? dq : load(to) + dq);
           }
         }
         if (dinputs != nullptr) {
@@ -827,6 +829,12 @@ class Backward {
         }
       }
     });
+    for (int64_t row = 0; dqs != nullptr && row < tiled; row += lanes<T>) {
+      Vec<T> rows[lanes<T>];
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes<T>; ++i) rows[i] = load(parts + (row + i) * lanes<T>);
+      store(dqs + row, sums<T>(rows));
+    }
   }
 
   // total[embed][k] += (gradients [rows][e])^T inputs

@@ -125,11 +125,28 @@ FASTMIX_INLINE void transpose_from(Vec<T> (&v)[lanes<T>]) {
   }
 }
 
+template <class T, int D>
+FASTMIX_INLINE void sums_from(Vec<T>* v) {
+  if constexpr (D > 0) {
+    constexpr std::make_integer_sequence<int, lanes<T>> all{};
+#pragma GCC unroll 16
+    for (int i = 0; i < D; ++i) v[i] = zip_low<T, D>(v[i], v[i + D], all) + zip_high<T, D>(v[i], v[i + D], all);
+    sums_from<T, D / 2>(v);
+  }
+}
+
 }  // namespace detail
 
 template <class T>
 FASTMIX_INLINE T sum(Vec<T> v) {  // in a tree, always the same one
   return detail::fold<T, lanes<T> / 2>(v)[0];
+}
+
+// Lane i of the result is sum(v[i]), for much less than lanes<T> single sums; v is overwritten.
+template <class T>
+FASTMIX_INLINE Vec<T> sums(Vec<T> (&v)[lanes<T>]) {
+  detail::sums_from<T, lanes<T> / 2>(v);
+  return v[0];
 }
 
 // Lane j of v[i] becomes lane i of v[j].

@@ -117,12 +117,14 @@ def _empty_grads(
     wants_states: bool,
     wants_params: bool,
 ) -> tuple[Tensor, ...]:
-    like = {"dtype": agent_qs.dtype, "device": agent_qs.device}
-    wanted = [wants_qs, wants_states] + [wants_params and param is not None for param in params]
     return tuple(
-        torch.empty(tensor.shape if wants and tensor is not None else 0, **like)
-        for wants, tensor in zip(wanted, (agent_qs, states, *params), strict=True)
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if wants and tensor is not None else _nothing(agent_qs)
+        for wants, tensor in zip((wants_qs, wants_states, *[wants_params] * 14), (agent_qs, states, *params), strict=True)
     )
+
+
+def _nothing(like: Tensor) -> Tensor:
+    return torch.empty(0, dtype=like.dtype, device=like.device)
 
 
 def _fake(agent_qs: Tensor, states: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
