@@ -23,21 +23,23 @@ def monotonic(
 ) -> Tensor:
     r"""Joint value of the agents' values under a state-conditioned monotonic mixing network.
 
-    With ``pos`` the positivity, and ``h_1 = relu(F_1 s)``, ``h_2 = relu(F_2 s)`` (or ``s`` itself with one-layer hypernets)::
+    With ``pos`` the positivity, and ``h_1 = relu(F_1 s)``, ``h_2 = relu(F_2 s)``, or ``s`` itself with one-layer
+    hypernets::
 
         w1 = pos(W_1 h_1) as [A, E]    b1 = B s    w2 = pos(W_2 h_2) as [E]    v = V_2 relu(V_1 s)
         q_tot = elu(sum_a q_a w1[a] + b1) . w2 + v
 
-    Rows are independent: NaN or infinity in one row's inputs reaches no other row of the result. Non-finite parameters are
-    not looked for; they give what arithmetic gives.
+    Rows are independent: NaN or infinity in one row's inputs reaches no other row of the result. Non-finite parameters
+    are not looked for; they give what arithmetic gives.
 
     Args:
         agent_qs: ``[..., A]``.
         states: ``[..., S]``, with the leading dimensions of ``agent_qs``. Rows with gaps between them, as in
-            ``states[:, :-1]``, cost nothing; columns with gaps, or gaps in more than two leading dimensions, cost a copy.
+            ``states[:, :-1]``, cost nothing; columns with gaps, or gaps in more than two leading dimensions, cost a
+            copy.
         params: the hypernetworks' weights, see `MonotonicParams`.
-        positivity: what makes the generated weights non-negative, one of `POSITIVITIES`: ``"abs"`` (its derivative at 0 is 0),
-            ``"softplus"`` with sharpness ``beta``, ``"quadratic"`` (half the square), or ``"none"``.
+        positivity: what makes the generated weights non-negative, one of `POSITIVITIES`: ``"abs"`` (its derivative at 0
+            is 0), ``"softplus"`` with sharpness ``beta``, ``"quadratic"`` (half the square), or ``"none"``.
         beta: sharpness of ``"softplus"``, above 0; ignored otherwise.
         backend: ``None`` for the automatic choice, or a name of `fastmix.backends.NAMES`.
 
@@ -89,7 +91,9 @@ def _check_types(agent_qs: Tensor, states: Tensor, params: MonotonicParams) -> N
             _checks.check_tensor(f"params.{name}", tensor)
     absent = [name for name in _HIDDEN if getattr(params, name) is None]
     if absent and len(absent) < len(_HIDDEN):
-        raise ValueError(f"params must have all hidden layers or none, but {', '.join(absent)} are None and others are not")
+        raise ValueError(
+            f"params must have all hidden layers or none, but {', '.join(absent)} are None and others are not"
+        )
     _checks.check_floating("agent_qs", agent_qs)
 
 
@@ -100,7 +104,8 @@ def _check_shapes(agent_qs: Tensor, states: Tensor, params: MonotonicParams) -> 
     if states.dim() < 1 or states.shape[:-1] != leading or states.shape[-1] < 1:
         wanted = ", ".join(map(str, (*leading, "S")))
         raise ValueError(
-            f"states must have shape [..., S] = ({wanted}), the leading dimensions of agent_qs, got {tuple(states.shape)}"
+            f"states must have shape [..., S] = ({wanted}), with the leading dimensions of agent_qs,"
+            f" got {tuple(states.shape)}"
         )
     _checks.check_like("states", states, agent_qs, "agent_qs")
     A, S, E = agent_qs.shape[-1], states.shape[-1], params.b1_bias.numel()
@@ -120,4 +125,4 @@ def _check_shapes(agent_qs: Tensor, states: Tensor, params: MonotonicParams) -> 
 
 def _promote(agent_qs: Tensor, states: Tensor, params: MonotonicParams) -> tuple[Tensor, Tensor, MonotonicParams]:
     agent_qs, states, *rest = (t if t is None else _checks.upcast(t) for t in (agent_qs, states, *params))
-    return agent_qs, states, MonotonicParams(*rest)
+    return agent_qs, states, MonotonicParams._make(rest)

@@ -19,7 +19,10 @@ _ABS: Final = _POSITIVITIES["abs"]
 
 
 def monotonic(agent_qs: Tensor, states: Tensor, params: MonotonicParams, positivity: str, beta: float) -> Tensor:
-    """See `fastmix.ops.monotonic`; arguments are already checked, ``[(B,) N, A]`` and ``[(B,) N, S]``, the result ``[(B,) N, 1]``."""
+    """See `fastmix.ops.monotonic`; arguments are already checked.
+
+    ``[N, A]`` and ``[N, S]`` give ``[N, 1]``, ``[B, N, A]`` and ``[B, N, S]`` give ``[B, N, 1]``.
+    """
     training = _library.wants_grad((agent_qs, states, *params))
     q_tot: Tensor = _monotonic(agent_qs, states, *params, _POSITIVITIES[positivity], beta, training)[0]
     return q_tot
@@ -33,8 +36,9 @@ def _forward(agent_qs: Tensor, states: Tensor, *rest: Any) -> tuple[Tensor, Tens
     states, addresses, sizes, is_double, kept = _unpack(agent_qs, states, params)
     dtype = agent_qs.dtype
     q_tot = torch.empty((*agent_qs.shape[:-1], 1), dtype=dtype)
-    activations = signs = torch.empty(0, dtype=dtype)
-    if training:
+    if not training:
+        activations, signs = torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype)
+    else:
         padded_rows, columns, sign_bytes = _saved(sizes[0], *sizes[1:4], is_double)
         activations = torch.empty(padded_rows, columns, dtype=dtype)
         signs = torch.empty(padded_rows, sign_bytes if positivity == _ABS else 0, dtype=torch.uint8)
@@ -67,7 +71,7 @@ def _backward_forward(grad_q_tot: Tensor, agent_qs: Tensor, states: Tensor, *res
 def _unpack(
     agent_qs: Tensor, states: Tensor, params: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, list[int], tuple[int, int, int, int, int], bool, tuple[Tensor | None, ...]]:
-    """States with dense rows, addresses of dense parameters, sizes as the core takes them, and what owns the addresses."""
+    """States with dense rows, addresses of dense parameters, sizes as the core takes them, what owns the addresses."""
     if states.stride(-1) != 1:
         logger.debug("monotonic copies states of shape %s and strides %s", tuple(states.shape), states.stride())
         states = states.clone(memory_format=torch.contiguous_format)
@@ -118,8 +122,12 @@ def _empty_grads(
     wants_params: bool,
 ) -> tuple[Tensor, ...]:
     return tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) if wants and tensor is not None else _nothing(agent_qs)
-        for wants, tensor in zip((wants_qs, wants_states, *[wants_params] * 14), (agent_qs, states, *params), strict=True)
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if wants and tensor is not None
+        else _nothing(agent_qs)
+        for wants, tensor in zip(
+            (wants_qs, wants_states, *[wants_params] * 14), (agent_qs, states, *params), strict=True
+        )
     )
 
 

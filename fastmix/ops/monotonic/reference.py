@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from fastmix.ops.monotonic.types import MonotonicParams
 
 
 def monotonic(agent_qs: Tensor, states: Tensor, params: MonotonicParams, positivity: str, beta: float) -> Tensor:
-    """See `fastmix.ops.monotonic`; arguments are already checked, ``[N, A]`` and ``[N, S]``, and the result is ``[N]``."""
+    """See `fastmix.ops.monotonic`; arguments are already checked: ``[N, A]`` and ``[N, S]`` give ``[N]``."""
     rows, n_agents = agent_qs.shape
     p = params
     h1 = _hidden(states, p.w1_hidden_weight, p.w1_hidden_bias)
@@ -24,7 +24,7 @@ def monotonic(agent_qs: Tensor, states: Tensor, params: MonotonicParams, positiv
 
 
 def positive(weights: Tensor, positivity: str, beta: float) -> Tensor:
-    """Make generated weights non-negative: ``abs``, ``softplus`` (sharpness ``beta``), ``quadratic`` (half the square), ``none``."""
+    """Make generated weights non-negative; see `fastmix.ops.monotonic` for the names."""
     if positivity == "abs":
         return weights.abs()
     if positivity == "softplus":

@@ -12,7 +12,7 @@ POSITIVITIES: Final = ("abs", "softplus", "quadratic", "none")
 class MonotonicParams(NamedTuple):
     """Weights of the four hypernetworks; the hidden layers of ``w1`` and ``w2`` are None for one-layer hypernets.
 
-    ``A`` agents, ``E`` mixing embed, ``H`` hypernet embed, ``S`` state features; ``w1`` is agent-major (row ``a * E + e``).
+    ``A`` agents, ``E`` mixing embed, ``H`` hypernet embed, ``S`` state features; ``w1`` has row ``a * E + e``.
     """
 
     w1_hidden_weight: Tensor | None
