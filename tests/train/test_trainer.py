@@ -144,13 +144,16 @@ def test_the_same_seed_gives_the_same_run_and_another_another(tmp_path: Path) ->
 def test_rounds_updates_and_target_copies_are_pymarls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(replace(MATRIX, updates_per_round=2), tmp_path)
     events: list[tuple[str, int]] = []
-    step, copy = trainer.algo.step, trainer.algo.update_targets
-    monkeypatch.setattr(
-        trainer.algo, "step", lambda *a, **k: (events.append(("step", trainer.counters.episodes)), step(*a, **k))[1]
-    )
-    monkeypatch.setattr(
-        trainer.algo, "update_targets", lambda: (events.append(("copy", trainer.counters.episodes)), copy())[1]
-    )
+
+    def noted(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            events.append((kind, trainer.counters.episodes))
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(trainer.algo, "step", noted("step", trainer.algo.step))
+    monkeypatch.setattr(trainer.algo, "update_targets", noted("copy", trainer.algo.update_targets))
     result = trainer.run()
     # 4 episodes a round; the buffer has a batch of 6 after the second round; episodes are counted before the round is.
     steps = [episodes for kind, episodes in events if kind == "step"]
