@@ -248,7 +248,7 @@ def test_wrong_use_is_explained() -> None:
         ({"obs_dtype": "int8"}, "obs_dtype is 'int8'"),
     ):
         with pytest.raises(ValueError, match=message):
-            ReplayBuffer(SCHEME, **({"capacity": 2} | arguments))  # type: ignore[arg-type]
+            ReplayBuffer(SCHEME, **({"capacity": 2} | arguments))
 
 
 # ---- prioritised ----

@@ -47,7 +47,12 @@ def test_finished_runs_are_read_and_begun_ones_continued(tmp_path: Path, monkeyp
     (runs[1].folder / "result.json").unlink()
     trained: list[int] = []
     real = sweep.run_one
-    monkeypatch.setattr(sweep, "run_one", lambda run, *a, **k: (trained.append(run.config.seed), real(run, *a, **k))[1])
+
+    def noted(run: Run, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        trained.append(run.config.seed)
+        return real(run, *args, **kwargs)
+
+    monkeypatch.setattr(sweep, "run_one", noted)
     again = run_all(runs, workers=1, t_max=64)
     assert trained == [1]
     assert again[0] == first[0] and again[2] == first[2]
