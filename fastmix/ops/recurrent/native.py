@@ -13,7 +13,6 @@ from fastmix.ops.recurrent.types import RecurrentOutput, RecurrentParams
 
 logger = logging.getLogger("fastmix")
 
-_SIZES = 8  # numbers in what `sizes_of` gives
 _PARAMS = len(RecurrentParams._fields)
 
 
@@ -39,11 +38,6 @@ def sizes_of(obs: Tensor, last_actions: Tensor | None, network: Any, agent_ids: 
     return (episodes, steps, n_agents, n_obs, actions, ids, network[0].shape[0], network[8].shape[0])
 
 
-def addresses(tensors: Any) -> list[int]:
-    """Where each tensor begins; 0 for a missing one."""
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
 def readable(obs: Tensor) -> Tensor:
     """``obs`` with contiguous features: a copy where they are not."""
     if obs.stride(3) == 1 or obs.shape[3] <= 1:
@@ -63,16 +57,14 @@ def _forward(
     obs = readable(obs)
     network = tuple(None if p is None else p.contiguous() for p in network)
     hidden = None if hidden is None else hidden.contiguous()
-    like = {"dtype": obs.dtype, "device": obs.device}
     is_double = obs.dtype == torch.float64
-    q = torch.empty((episodes, steps, n_agents, outputs), **like)
-    after = torch.empty((episodes, n_agents, width), **like)
-    states = torch.empty((episodes, steps, n_agents, width) if return_hidden_states else 0, **like)
+    q = obs.new_empty((episodes, steps, n_agents, outputs))
+    after = obs.new_empty((episodes, n_agents, width))
+    states = obs.new_empty((episodes, steps, n_agents, width) if return_hidden_states else (0,))
     saved = _workspace(_core.recurrent_saved_size(sizes, is_double) if save else 0, obs.dtype)
     if after.numel() > 0:
         _core.recurrent_forward(
-            obs.data_ptr(), 0 if last_actions is None else last_actions.data_ptr(), _address(hidden), addresses(network), 0,
-            q.data_ptr(), after.data_ptr(), _address(states), _address(saved), sizes, obs.stride()[:3],
+            obs.data_ptr(), _address(last_actions), _address(hidden), [_address(p) for p in network], q.data_ptr(), after.data_ptr(), _address(states), _address(saved), sizes, obs.stride()[:3],
             (0, 0, 0) if last_actions is None else last_actions.stride(), is_double, torch.get_num_threads(),
         )  # fmt: skip
     return q, after, states, saved
@@ -140,7 +132,7 @@ def _backward_forward(
     network = tuple(None if p is None else p.contiguous() for p in network)
     cotangents = tuple(None if g is None else g.contiguous() for g in cotangents)
     _core.recurrent_backward(
-        obs.data_ptr(), 0 if last_actions is None else last_actions.data_ptr(), hidden is None, addresses(network),
+        obs.data_ptr(), _address(last_actions), hidden is None, [_address(p) for p in network],
         saved.data_ptr(), *(_address(g) for g in cotangents), [_address(g) for g in grads], _address(grad_obs),
         _address(grad_hidden), sizes, obs.stride()[:3], (0, 0, 0) if last_actions is None else last_actions.stride(),
         obs.dtype == torch.float64, torch.get_num_threads(),
@@ -152,11 +144,9 @@ def _backward_fake(obs: Tensor, last_actions: Tensor | None, hidden: Tensor | No
     network, (wants_obs, wants_hidden) = rest[:_PARAMS], rest[-2:]
     episodes, _, n_agents, _ = obs.shape
     return (
-        torch.empty(obs.shape if wants_obs else (0,), dtype=obs.dtype, device=obs.device),
-        torch.empty(
-            (episodes, n_agents, network[0].shape[0]) if wants_hidden else (0,), dtype=obs.dtype, device=obs.device
-        ),
-        *(torch.empty((0,) if p is None else p.shape, dtype=obs.dtype, device=obs.device) for p in network),
+        obs.new_empty(obs.shape if wants_obs else (0,)),
+        obs.new_empty((episodes, n_agents, network[0].shape[0]) if wants_hidden else (0,)),
+        *(obs.new_empty((0,) if p is None else p.shape) for p in network),
     )
 
 
@@ -187,8 +177,8 @@ _recurrent_backward = _library.define(
 )
 _recurrent = _library.define(
     "recurrent",
-    f"(Tensor obs, Tensor? last_actions, Tensor? hidden, {_WEIGHTS}, bool agent_ids, bool return_hidden_states, bool save)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor obs, Tensor? last_actions, Tensor? hidden, {_WEIGHTS}, bool agent_ids, bool return_hidden_states,"
+    " bool save) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
     setup_context=_setup_context,
