@@ -1,8 +1,8 @@
 """Which implementation of an op runs: ``reference``, ``native`` or ``triton``.
 
-The choice is automatic, by device and dtype, from `TABLE`. A choice made by the user (the ``backend=`` argument of an op,
-``with fastmix.backend("..."):`` or the environment variable ``FASTMIX_BACKEND``, read once, in this order of precedence) works or raises;
-it never falls back quietly.
+The choice is automatic, by device and dtype, from `TABLE`. A choice made by the user (the ``backend=`` argument of an
+op, ``with fastmix.backend("..."):`` or the environment variable ``FASTMIX_BACKEND``, read once, in this order of
+precedence) works or raises; it never falls back quietly.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAMES: Final = ("reference", "native", "triton")
 # always possible. Source of the order: the op tables of `fastmix bench ops` (benchmarks/results/).
 TABLE: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     op: {"cpu": ("native", "reference"), "cuda": ("reference",)}
-    for op in ("select", "returns", "recurrent", "monotonic", "td_loss")
+    for op in ("select", "returns", "recurrent", "monotonic", "td_loss", "optimise")
 }
 
 NATIVE_DTYPES: Final = (torch.float32, torch.float64)
@@ -65,7 +65,9 @@ def core_problem() -> str | None:
 
 def available(op: str, device: str = "cpu") -> tuple[str, ...]:
     """Backends that can run ``op`` on ``device`` here (float32), the preferred one first."""
-    return tuple(name for name in TABLE[op].get(device, ("reference",)) if not _obstacle(op, name, device, torch.float32))
+    return tuple(
+        name for name in TABLE[op].get(device, ("reference",)) if not _obstacle(op, name, device, torch.float32)
+    )
 
 
 @torch.compiler.assume_constant_result  # a constant in compiled code, made by running the function, not by tracing it

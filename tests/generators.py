@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -32,11 +31,9 @@ ODD_EMBEDS = (1, 31, 32, 33)
 ODD_ROWS = (0, 1, 3, 257)
 
 
-def odd_shapes() -> Iterator[tuple[Shape, int]]:
+def odd_shapes() -> list[tuple[Shape, int]]:
     """Small shapes at the edges, each with a mixing embed: every odd number of agents with every odd embed."""
-    for agents in ODD_AGENTS:
-        for embed in ODD_EMBEDS:
-            yield Shape(agents, 5, state_dim=7 + agents, obs_dim=3 + agents), embed
+    return [(Shape(agents, 5, 7 + agents, 3 + agents), embed) for agents in ODD_AGENTS for embed in ODD_EMBEDS]
 
 
 def monotonic_params(

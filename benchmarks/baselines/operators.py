@@ -58,9 +58,9 @@ def td_loss_steps(qs: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Te
     return (masked_td_error**2).sum() / mask.sum(), masked_td_error.detach()
 
 
-def cell_loop(agent: CellAgent, inputs: Tensor) -> Tensor:
+def cell_loop(agent: Callable[..., tuple[Tensor, Tensor]], inputs: Tensor, hidden_dim: int = 64) -> Tensor:
     """``[T, N, I]`` -> ``[T, N, U]``: the agent's step over and over."""
-    hidden = inputs.new_zeros(inputs.shape[1], agent.hidden_dim)
+    hidden = inputs.new_zeros(inputs.shape[1], hidden_dim)
     outputs = []
     for step in inputs:
         q, hidden = agent(step, hidden)

@@ -62,6 +62,11 @@ class RNNAgent(Agent):
         """
         return cls(**_rnn_args(input_shape, args))
 
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether the agent has a GRU, and so `params`."""
+        return isinstance(self.rnn, nn.GRUCell)
+
     def params(self) -> RecurrentParams:
         """The weights in the order of `fastmix.ops.recurrent`, read from the layers now (not copies).
 

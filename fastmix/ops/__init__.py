@@ -1,4 +1,4 @@
-"""Fused, stateless operators. Each is one folder: a public function, its plain PyTorch reference, and its fast forms."""
+"""Fused, stateless operators, one folder each: a public function, its plain PyTorch reference, and its fast forms."""
 
 from fastmix.ops.monotonic import monotonic
 from fastmix.ops.recurrent import recurrent

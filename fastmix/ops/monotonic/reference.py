@@ -15,7 +15,7 @@ def monotonic(agent_qs: Tensor, states: Tensor, params: MonotonicParams, positiv
     p = params
     h1 = _hidden(states, p.w1_hidden_weight, p.w1_hidden_bias)
     h2 = _hidden(states, p.w2_hidden_weight, p.w2_hidden_bias)
-    w1 = positive(F.linear(h1, p.w1_weight, p.w1_bias), positivity, beta).view(rows, n_agents, -1)
+    w1 = positive(F.linear(h1, p.w1_weight, p.w1_bias), positivity, beta).view(rows, n_agents, p.b1_bias.shape[0])
     w2 = positive(F.linear(h2, p.w2_weight, p.w2_bias), positivity, beta)
     b1 = F.linear(states, p.b1_weight, p.b1_bias)
     v = F.linear(F.relu(F.linear(states, p.v_hidden_weight, p.v_hidden_bias)), p.v_weight, p.v_bias)

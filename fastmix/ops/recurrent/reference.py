@@ -25,12 +25,10 @@ def recurrent(
     if hidden is None:
         hidden = obs.new_zeros(episodes, n_agents, p.weight_hh.shape[1])
     x = F.relu(F.linear(build_inputs(obs, p.fc1_weight.shape[1], last_actions, agent_ids), p.fc1_weight, p.fc1_bias))
-    h = hidden.reshape(episodes * n_agents, hidden.shape[-1])
+    h = hidden.flatten(0, 1)
     states = []
     for step in x.unbind(1):
-        h = torch.gru_cell(
-            step.reshape(episodes * n_agents, x.shape[-1]), h, p.weight_ih, p.weight_hh, p.bias_ih, p.bias_hh
-        )
+        h = torch.gru_cell(step.flatten(0, 1), h, p.weight_ih, p.weight_hh, p.bias_ih, p.bias_hh)
         states.append(h.view(hidden.shape))
     hidden_states = torch.stack(states, 1) if states else x
     features = hidden_states

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from torch import Tensor
@@ -33,7 +34,8 @@ def returns(
     * ``"one_step"``: ``y_t = r_t + gamma (1 - d_t) Q_{t+1}``
     * ``"td_lambda"``: ``y_t = lambda gamma y_{t+1} + m_t (r_t + (1 - lambda) gamma (1 - d_t) Q_{t+1})`` from
       ``y_T = Q_T (1 - sum_t d_t)``; with greedy bootstraps this is Peng's Q(lambda).
-    * ``"q_lambda"``: the same with ``r_t + Q_t - Qb_t`` in place of ``r_t`` (pymarl2's form, not the published corrected return).
+    * ``"q_lambda"``: the same with ``r_t + Q_t - Qb_t`` in place of ``r_t`` (pymarl2's form, not the published
+    corrected return).
     * ``"n_step"``: ``n`` discounted live rewards and the bootstrap at the end of the window, or of the episode.
 
     Values are exact only where the mask is 1; elsewhere they are finite as long as the bootstraps are.
@@ -69,10 +71,10 @@ def returns(
 
     shape = target_qs.shape
     episodes, steps = rewards.shape[:2]
-    qs = target_qs.reshape(episodes, steps + 1, -1)
+    qs = target_qs.reshape(episodes, steps + 1, math.prod(shape[2:]))
     behaviour = None if behaviour_qs is None else behaviour_qs.reshape(qs.shape)
     terminated, mask = (flag.to(qs.dtype) for flag in (terminated, mask))
-    flat_rewards = rewards.reshape(episodes, steps, -1)
+    flat_rewards = rewards.reshape(episodes, steps, math.prod(rewards.shape[2:]))
     run = native.returns if backends.resolve("returns", qs, backend) == "native" else reference.returns
     targets = run(flat_rewards, terminated, mask, qs, behaviour, gamma, kind, td_lambda, n_step)
     return targets.reshape(episodes, steps, *shape[2:])
@@ -85,7 +87,9 @@ def _check_tensors(
         _checks.check_tensor(name, tensor)
     _checks.check_floating("target_qs", target_qs)
     if target_qs.dim() < 3 or target_qs.shape[1] < 1:
-        raise ValueError(f"target_qs must have shape [B, T + 1, ...] with at least 3 dimensions, got {tuple(target_qs.shape)}")
+        raise ValueError(
+            f"target_qs must have shape [B, T + 1, ...] with at least 3 dimensions, got {tuple(target_qs.shape)}"
+        )
     episodes, steps = target_qs.shape[0], target_qs.shape[1] - 1
     trailing = tuple(target_qs.shape[2:])
     if tuple(rewards.shape) not in ((episodes, steps, 1), (episodes, steps, *trailing)):

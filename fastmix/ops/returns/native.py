@@ -23,7 +23,7 @@ def returns(
     td_lambda: float,
     n_step: int,
 ) -> Tensor:
-    """See `fastmix.ops.returns`; arguments are already checked, ``[B, T, K]`` (or ``[B, T, 1]``) and ``[B, T+1, K]``."""
+    """See `fastmix.ops.returns`; arguments are already checked, ``[B, T, K]`` (or ``[B, T, 1]``), ``[B, T+1, K]``."""
     targets: Tensor = _returns(
         rewards, terminated, mask, target_qs, behaviour_qs, gamma, _KINDS[kind], td_lambda, n_step
     )
@@ -47,7 +47,7 @@ def _forward(
     behaviour_qs = None if behaviour_qs is None else behaviour_qs.contiguous()
     episodes, steps, reward_columns = rewards.shape
     columns = target_qs.shape[2]
-    targets = torch.empty(episodes, steps, columns, dtype=target_qs.dtype, device=target_qs.device)
+    targets = target_qs.new_empty(episodes, steps, columns)
     _core.returns_forward(
         rewards.data_ptr(), terminated.data_ptr(), mask.data_ptr(), target_qs.data_ptr(),
         0 if behaviour_qs is None else behaviour_qs.data_ptr(), targets.data_ptr(),
@@ -58,17 +58,21 @@ def _forward(
 
 
 def _backward_forward(
-    grad_targets: Tensor, terminated: Tensor, mask: Tensor, reward_columns: int, gamma: float, kind: int, td_lambda: float, n_step: int
+    grad_targets: Tensor,
+    terminated: Tensor,
+    mask: Tensor,
+    reward_columns: int,
+    gamma: float,
+    kind: int,
+    td_lambda: float,
+    n_step: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rewards, target_qs and behaviour_qs (empty where the kind has none)."""
     from fastmix import _core
 
     grad_targets, terminated, mask = (t.contiguous() for t in (grad_targets, terminated, mask))
     episodes, steps, columns = grad_targets.shape
-    like = {"dtype": grad_targets.dtype, "device": grad_targets.device}
-    grad_rewards = torch.empty(episodes, steps, reward_columns, **like)
-    grad_qs = torch.empty(episodes, steps + 1, columns, **like)
-    grad_behaviour = torch.empty(episodes, steps + 1 if kind == _KINDS["q_lambda"] else 0, columns, **like)
+    grad_rewards, grad_qs, grad_behaviour = _backward_fake(grad_targets, terminated, mask, reward_columns, gamma, kind)
     _core.returns_backward(
         grad_targets.data_ptr(), terminated.data_ptr(), mask.data_ptr(),
         grad_rewards.data_ptr(), grad_qs.data_ptr(), grad_behaviour.data_ptr(),
@@ -79,7 +83,7 @@ def _backward_forward(
 
 
 def _backward_fake(
-    grad_targets: Tensor, terminated: Tensor, mask: Tensor, reward_columns: int, gamma: float, kind: int, td_lambda: float, n_step: int
+    grad_targets: Tensor, terminated: Tensor, mask: Tensor, reward_columns: int, gamma: float, kind: int, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     episodes, steps, columns = grad_targets.shape
     behaviour_steps = steps + 1 if kind == _KINDS["q_lambda"] else 0

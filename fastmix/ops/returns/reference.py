@@ -17,7 +17,7 @@ def returns(
     td_lambda: float,
     n_step: int,
 ) -> Tensor:
-    """See `fastmix.ops.returns`; arguments are already checked, ``[B, T, K]`` (or ``[B, T, 1]``) and ``[B, T+1, K]``."""
+    """See `fastmix.ops.returns`; arguments are checked, ``[B, T, K]`` (or ``[B, T, 1]``) and ``[B, T + 1, K]``."""
     if target_qs.shape[1] == 1:
         return target_qs[:, :0]
     if kind == "one_step":

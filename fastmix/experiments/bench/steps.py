@@ -1,0 +1,223 @@
+"""Whole learner steps: ours, and the same step the public way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from fastmix.algorithms import Algorithm, AlgorithmConfig, EpisodeBatch, Scheme, make
+from fastmix.experiments.bench import baselines
+from fastmix.experiments.bench.cases import Case, mixing_params, ragged_mask, utility_params
+from fastmix.testing import rms_ratio
+from fastmix.testing.shapes import SHAPES
+
+BASELINES: Final = ("eager", "compile")
+COMPILED: Final = "compile: the agent's cell and the mixer are compiled; loops over time and the optimiser are not"
+
+_TOLERANCE: Final = 1e-9
+_SEED: Final = 0
+
+
+def step(
+    algo: str,
+    shape: str,
+    batch_size: int | None = None,
+    steps: int | None = None,
+    against: tuple[str, ...] = BASELINES,
+    preset: str = "pymarl2",
+    dtype: torch.dtype = torch.float32,
+) -> Case:
+    """One training step of ``algo`` on a batch of random episodes, the longest with ``steps`` transitions.
+
+    The error of the case compares one step of ours and of the public way from the same weights, in float64 on a small
+    batch: loss, gradient norm and every parameter afterwards.
+
+    Raises:
+        ValueError: an unknown baseline, or an algorithm whose public form is not among the baselines.
+    """
+    unknown = set(against) - set(BASELINES)
+    if unknown:
+        raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, got {', '.join(sorted(unknown))}")
+    sizes = SHAPES[shape]
+    batch_size, steps = batch_size or sizes.batch_size, steps or sizes.steps
+    scheme = Scheme(sizes.n_agents, sizes.n_actions, sizes.obs_dim, sizes.state_dim, steps)
+    with default_dtype(dtype):
+        ours = make(algo, scheme, preset=preset, seed=_SEED)
+        batch = random_batch(scheme, batch_size)
+        public = public_batch(batch, scheme.n_actions)
+        contestants: dict[str, Callable[[], object]] = {"ours": lambda: ours.step(batch)}
+        for name in against:
+            learner = public_learner(ours, scheme)
+            if name == "compile":
+                torch.compiler.reset()
+                learner.compile()
+            contestants[name] = lambda learner=learner: learner.step(public)  # type: ignore[misc]
+    return Case(
+        f"step {algo}",
+        "step",
+        shape,
+        {"episodes": batch_size, "steps": steps},
+        contestants,
+        lambda: step_error(algo, Scheme(*scheme_sizes(scheme), episode_limit=min(steps, 8)), preset),
+        _TOLERANCE,
+        "; ".join([f"preset {preset}", *([COMPILED] if "compile" in against else [])]),
+    )
+
+
+def step_error(algo: str, scheme: Scheme, preset: str, batch_size: int = 4) -> float:
+    """Largest deviation between our step and the public one in float64, over two steps from the same weights."""
+    with default_dtype(torch.float64):
+        ours = make(algo, scheme, preset=preset, seed=_SEED)
+        perturb_targets(ours)
+        learner = public_learner(ours, scheme)
+        batch = random_batch(scheme, batch_size)
+        public = public_batch(batch, scheme.n_actions)
+        errors = []
+        for _ in range(2):
+            logged, expected = ours.step(batch), learner.step(public)
+            errors += [rms_ratio(logged[name], expected[name]) for name in ("loss", "grad_norm")]
+        errors += [rms_ratio(a, b) for a, b in parameter_pairs(ours, learner)]
+    return max(errors)
+
+
+def public_learner(ours: Algorithm, scheme: Scheme) -> Any:
+    """The public way's learner with copies of the weights of ``ours``.
+
+    Raises:
+        ValueError: ``ours`` has a setting that the baselines do not know.
+    """
+    networks, learner = baselines.load("networks"), baselines.load("learner")
+    config = ours.config
+    public_config = learner.PublicConfig(**_public_settings(config))
+    n_inputs = scheme.obs_dim + config.obs_last_action * scheme.n_actions + config.obs_agent_id * scheme.n_agents
+    agent = networks.CellAgent(n_inputs, scheme.n_actions, config.rnn_hidden_dim, config.use_layer_norm)
+    mixer = None
+    if public_config.mixer == "vdn":
+        mixer = networks.VDNMixer()
+    elif public_config.mixer == "qmix":
+        sizes = (config.mixing_embed_dim, config.hypernet_layers, config.hypernet_embed)
+        mixer = networks.QMixer(scheme.n_agents, scheme.state_dim, *sizes)
+    built = learner.PublicLearner(public_config, agent, mixer)
+    with torch.no_grad():
+        for mine, public in parameter_pairs(ours, built):
+            public.copy_(mine)
+    return built
+
+
+def parameter_pairs(ours: Algorithm, learner: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every parameter of ours with its counterpart, online and target networks."""
+    for name, module in learner.networks():
+        if not any(True for _ in module.parameters()):
+            continue  # VDN's mixer
+        network: Any = ours.networks[name]
+        for a, b in zip(network.params(), public_params(learner, name), strict=True):
+            if a is not None and b is not None:
+                yield a, b
+
+
+def public_params(learner: Any, name: str) -> tuple[Tensor | None, ...]:
+    """Parameters of the network ``name`` of the public way, in the order of our ops."""
+    return (mixing_params if name.endswith("mixer") else utility_params)(getattr(learner, name))
+
+
+def random_batch(scheme: Scheme, batch_size: int) -> EpisodeBatch:
+    """Ragged random episodes in the default dtype, the longest as long as the episode limit.
+
+    Padded steps are as replay hands them out: zeros, and no action available.
+    """
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(_SEED)
+    B, T = batch_size, scheme.episode_limit
+    A, U = scheme.n_agents, scheme.n_actions
+    mask, terminated = ragged_mask(B, T, torch.get_default_dtype())
+    actions = torch.randint(U, (B, T + 1, A))
+    last_actions = torch.full_like(actions, -1)
+    last_actions[:, 1:] = actions[:, :-1]
+    avail_actions = (torch.rand(B, T + 1, A, U) < 0.6).scatter_(-1, actions.unsqueeze(-1), True)
+    stored = torch.cat([torch.ones(B, 1, 1), mask], 1)  # the step after the last transition is stored too
+    batch = EpisodeBatch(
+        obs=torch.randn(B, T + 1, A, scheme.obs_dim) * stored.unsqueeze(-1),
+        states=torch.randn(B, T + 1, scheme.state_dim) * stored,
+        actions=actions * stored.long(),
+        last_actions=last_actions,
+        avail_actions=avail_actions & stored.bool().unsqueeze(-1),
+        rewards=torch.randn(B, T, 1) * mask,
+        terminated=terminated,
+        mask=mask,
+    )
+    torch.set_rng_state(generator_state)
+    return batch
+
+
+def public_batch(batch: EpisodeBatch, n_actions: int) -> Any:
+    """The same episodes as a public replay buffer stores them."""
+    taken = batch.last_actions.unsqueeze(-1)
+    return baselines.load("learner").PublicBatch(
+        obs=batch.obs,
+        state=batch.states,
+        actions=batch.actions.unsqueeze(-1),
+        last_actions_onehot=(taken == torch.arange(n_actions)).to(batch.obs.dtype),
+        avail_actions=batch.avail_actions.int(),
+        reward=batch.rewards,
+        terminated=batch.terminated,
+        mask=batch.mask,
+    )
+
+
+@torch.no_grad()
+def perturb_targets(ours: Algorithm) -> None:
+    """Make the target networks differ from the online ones, as they do in training."""
+    for name, network in ours.networks.items():
+        if name.startswith("target_"):
+            for parameter in network.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def scheme_sizes(scheme: Scheme) -> tuple[int, int, int, int]:
+    """All of the scheme but the episode limit, in order."""
+    return scheme.n_agents, scheme.n_actions, scheme.obs_dim, scheme.state_dim
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors and parameters have ``dtype`` inside the block."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def _public_settings(config: AlgorithmConfig) -> dict[str, Any]:
+    mixers = {"none": None, "vdn": "vdn", "qmix": "qmix", "nmix": "qmix"}
+    supported = {
+        "agent": config.agent in ("rnn", "n_rnn") and config.use_rnn,
+        "mixer": config.mixer in mixers,
+        "qmix_pos_func": config.qmix_pos_func == "abs",
+        "targets": config.targets in ("one_step", "td_lambda"),
+        "weighting": config.weighting == "none",
+        "standardise_rewards": not config.standardise_rewards,
+        "weight_decay": config.weight_decay == 0,
+    }
+    for name, known in supported.items():
+        if not known:
+            raise ValueError(f"no baseline is written for {name} = {getattr(config, name)!r}; try another preset")
+    return {
+        "mixer": mixers[config.mixer],
+        "gamma": config.gamma,
+        "td_lambda": config.td_lambda if config.targets == "td_lambda" else None,
+        "double_q": config.double_q,
+        "loss_scale": config.loss_scale * config.td_weight,
+        "optimizer": config.optimizer,
+        "lr": config.lr,
+        "optimizer_eps": config.optim_eps,
+        "rmsprop_alpha": config.optim_alpha,
+        "grad_norm_clip": config.grad_norm_clip,
+        "obs_last_action": config.obs_last_action,
+        "obs_agent_id": config.obs_agent_id,
+    }

@@ -1,0 +1,90 @@
+"""The table of all speeds that fastmix sets out to reach, with the least ratio asked of each."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+from fastmix.experiments.bench import cases, report, steps
+from fastmix.experiments.bench.report import Effort, Planned
+
+SHAPES = ("3m", "5m_vs_6m", "MMM2", "27m_vs_30m")
+ROWS = 15_360
+MEMORY_GOAL = 3.0
+"""eager's peak memory over ours"""
+
+
+def run(effort: Effort, threads: int, compiled: bool = True) -> list[dict[str, Any]]:
+    """All entries in float32; ``compiled`` includes ``torch.compile`` (half of the time goes into compiling)."""
+    results = report.run(_monotonic(compiled), effort)
+    results.append(memory("MMM2", ROWS, threads))
+    return results + report.run([*_recurrent(), *_small_ops(), *_steps(compiled)], effort)
+
+
+def memory(shape: str, rows: int, threads: int) -> dict[str, Any]:
+    """Peak memory of `monotonic` training against eager; `cases.monotonic_memory` says how it is measured."""
+    case = cases.monotonic(shape, rows, compiled=False)
+    error = case.error()
+    passed = error <= case.tolerance
+    print(f"monotonic memory {shape} rows={rows}", end=" ", file=sys.stderr, flush=True)
+    measured = cases.monotonic_memory(shape, rows, threads) if passed else {}
+    ours, eager = (measured.get(name, {}).get("peak_bytes") for name in ("ours", "eager"))
+    ratios = {"eager": round(eager / ours, 3)} if ours and eager else {}
+    print(ratios, file=sys.stderr, flush=True)
+    return {
+        "op": "monotonic",
+        "phase": "peak memory",
+        "shape": shape,
+        "sizes": {"rows": rows},
+        "note": "growth of the resident set during forward and backward, in a process of its own",
+        "parity": {"error": error, "tolerance": case.tolerance, "passed": passed},
+        "contestants": {},
+        "memory": measured,
+        "ratios": ratios,
+        **report.judge(ratios, {"eager": MEMORY_GOAL}),
+    }
+
+
+def _monotonic(compiled: bool) -> list[Planned]:
+    large = {"eager": 2.7, "compile": 1.5, "products": 1.0}
+    small = {"eager": 1.6, "compile": 1.35, "products": 1 / 1.25}
+    plan = [
+        Planned(partial(cases.monotonic, shape, rows, compiled=compiled), goals)
+        for rows, goals in ((ROWS, large), (1_920, small))
+        for shape in SHAPES
+    ]
+    plan += [
+        Planned(partial(cases.monotonic, shape, rows, train=False, compiled=False), {"eager": 1.0})
+        for rows in (1, 64)
+        for shape in SHAPES
+    ]
+    return plan
+
+
+def _recurrent() -> list[Planned]:
+    plan = [Planned(partial(cases.recurrent, shape), {"gru": 2.4, "products": 1.0}) for shape in cases.RECURRENT_SIZES]
+    goals = {3: {"eager": 5.0}, 512: {"eager": 1.5}}
+    plan += [
+        Planned(partial(cases.acting, shape, rows), goals.get(rows, {}))
+        for shape in ("3m", "MMM2", "27m_vs_30m")
+        for rows in (3, 8, 27, 64, 128, 512)
+    ]
+    return plan
+
+
+def _small_ops() -> list[Planned]:
+    return [
+        *(Planned(partial(cases.returns, *sizes), {"eager": 20.0}) for sizes in ((32, 120), (128, 400))),
+        Planned(partial(cases.select, 128, 120, 10, 18), {"eager": 4.0}),
+        Planned(partial(cases.select, 128, 120, 10, 18, train=True)),
+        *(Planned(partial(cases.td_loss, *sizes)) for sizes in ((32, 120), (128, 400))),
+    ]
+
+
+def _steps(compiled: bool) -> list[Planned]:
+    against = steps.BASELINES if compiled else ("eager",)
+    return [
+        Planned(partial(steps.step, "qmix", shape, against=against), {"eager": 2.3 if shape == "MMM2" else 3.0})
+        for shape in ("3m", "5m_vs_6m", "prey", "MMM2", "matrix")
+    ]

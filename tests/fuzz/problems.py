@@ -1,0 +1,263 @@
+"""One random problem of each op: odd sizes, any strides, padded steps that hold NaN, float32 and float64.
+
+A problem is a function of a `Draw`; it runs the op with both backends and compares every output and every gradient.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmix import ops
+from fastmix.ops.monotonic import POSITIVITIES, MonotonicParams
+from fastmix.ops.recurrent import RecurrentParams
+from fastmix.ops.returns import KINDS
+from fastmix.testing import assert_close, poisoned_allocations
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+"""RMS ratio. Looser in float32 than the tests of the ops: random problems include ones whose sums nearly cancel."""
+
+
+class Draw:
+    """Random sizes and tensors from one seed; ``log`` tells what was drawn."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.random = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype = self.random.choice([torch.float32, torch.float64])
+        self.log: dict[str, Any] = {"dtype": self.dtype}
+
+    def size(self, name: str, high: int, low: int = 1) -> int:
+        """A size in [low, high]; small ones and those beside a power of two come more often."""
+        edges = [n for n in (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65) if low <= n <= high]
+        value = self.random.choice(edges) if self.random.random() < 0.5 else self.random.randint(low, high)
+        self.log[name] = value
+        return value
+
+    def flag(self, name: str, chance: float = 0.5) -> bool:
+        self.log[name] = value = self.random.random() < chance
+        return value
+
+    def choice(self, name: str, options: Sequence[Any]) -> Any:
+        self.log[name] = value = self.random.choice(options)
+        return value
+
+    def tensor(self, *shape: int, scale: float = 1.0, grad: bool = False) -> Tensor:
+        """Normal numbers, laid out contiguously, with gaps, transposed, or as an expanded dimension."""
+        layout = self.random.choice(["contiguous", "contiguous", "gaps", "transposed", "expanded"])
+        if layout == "gaps" and shape:
+            wide = self._normal((*shape[:-1], 2 * shape[-1] + 1), scale)
+            result = wide[..., 1::2]
+        elif layout == "transposed" and len(shape) > 1:
+            result = self._normal((shape[1], shape[0], *shape[2:]), scale).transpose(0, 1)
+        elif layout == "expanded" and not grad and shape and shape[0] > 1:
+            result = self._normal((1, *shape[1:]), scale).expand(shape)
+        else:
+            result = self._normal(shape, scale)
+        return result.requires_grad_() if grad else result
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """Integers in [low, high)."""
+        return torch.randint(low, high, shape, generator=self.generator)
+
+    def live(self, episodes: int, steps: int) -> tuple[Tensor, Tensor]:
+        """Mask and terminal flags ``[B, T, 1]`` of episodes of random length."""
+        lengths = self.integers(0, steps + 1, episodes, 1)
+        time = torch.arange(steps).expand(episodes, steps)
+        ended = self.integers(0, 2, episodes, 1)
+        mask, terminated = time < lengths, (time == lengths - 1) & (ended == 1)
+        return mask.unsqueeze(-1).to(self.dtype), terminated.unsqueeze(-1).to(self.dtype)
+
+    def _normal(self, shape: Sequence[int], scale: float) -> Tensor:
+        return scale * torch.randn(tuple(shape), generator=self.generator, dtype=self.dtype)
+
+
+def select(draw: Draw) -> None:
+    """Availability of any type, ties, rows where nothing is available."""
+    leading = [draw.size(f"dim{i}", 9, 0) for i in range(draw.size("dims", 3, 0))]
+    agents, actions = draw.size("agents", 9), draw.size("actions", 40)
+    shape = (*leading, agents, actions)
+    qs = draw.tensor(*shape)
+    if draw.flag("ties", 0.3):
+        qs = qs.round()
+    qs = qs.detach().requires_grad_(draw.flag("gradient", 0.8))
+    avail: Tensor | None = draw.integers(0, 2, *shape) != 0
+    if avail is not None and draw.flag("masked", 0.8):
+        avail = avail.to(draw.choice("avail_dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32]))
+    else:
+        avail = None
+    taken = draw.integers(0, actions, *shape[:-1]) if draw.flag("actions_given") else None
+    target_qs = draw.tensor(*shape) if draw.flag("targets_given") else None
+    _compare(draw, [qs], lambda backend: ops.select(qs, avail, actions=taken, target_qs=target_qs, backend=backend))
+
+
+def returns(draw: Draw) -> None:
+    """Every kind, with and without a trailing axis of rewards; only live steps are compared."""
+    episodes, steps = draw.size("episodes", 9, 0), draw.size("steps", 70, 0)
+    trailing = [draw.size(f"trailing{i}", 34) for i in range(draw.size("trailing", 2))]
+    kind = draw.choice("kind", KINDS)
+    mask, terminated = draw.live(episodes, steps)
+    rewards = draw.tensor(episodes, steps, *(trailing if draw.flag("wide_rewards") else [1]), grad=True)
+    target_qs = draw.tensor(episodes, steps + 1, *trailing, grad=True)
+    behaviour = draw.tensor(episodes, steps + 1, *trailing, grad=True) if kind == "q_lambda" else None
+    gamma, td_lambda, n_step = draw.random.random(), draw.random.random(), draw.size("n_step", 9)
+
+    def run(backend: str) -> Any:
+        return ops.returns(
+            rewards, terminated, mask, target_qs, gamma=gamma, kind=kind, td_lambda=td_lambda, n_step=n_step,
+            behaviour_qs=behaviour, backend=backend,
+        )  # fmt: skip
+
+    _compare(draw, [rewards, target_qs, *([] if behaviour is None else [behaviour])], run, mask)
+
+
+def monotonic(draw: Draw) -> None:
+    """One and two hypernet layers, every positivity, any leading dimensions; gradients of a random subset."""
+    leading = [draw.size("rows", 150, 0)] if draw.flag("flat") else [draw.size("episodes", 9, 0), draw.size("steps", 9)]
+    agents, embed, state = draw.size("agents", 27), draw.size("embed", 66), draw.size("state", 130)
+    hyper = draw.size("hyper", 70) if draw.flag("two_layers") else None
+    inner = state if hyper is None else hyper
+    every = draw.flag("all_gradients", 0.6)
+
+    def parameter(*shape: int) -> Tensor:
+        return draw.tensor(*shape, scale=shape[-1] ** -0.5, grad=every or draw.random.random() < 0.5)
+
+    params = MonotonicParams(
+        w1_hidden_weight=parameter(hyper, state) if hyper else None,
+        w1_hidden_bias=parameter(hyper) if hyper else None,
+        w1_weight=parameter(agents * embed, inner),
+        w1_bias=parameter(agents * embed),
+        w2_hidden_weight=parameter(hyper, state) if hyper else None,
+        w2_hidden_bias=parameter(hyper) if hyper else None,
+        w2_weight=parameter(embed, inner),
+        w2_bias=parameter(embed),
+        b1_weight=parameter(embed, state),
+        b1_bias=parameter(embed),
+        v_hidden_weight=parameter(embed, state),
+        v_hidden_bias=parameter(embed),
+        v_weight=parameter(1, embed),
+        v_bias=parameter(1),
+    )
+    agent_qs = draw.tensor(*leading, agents, grad=draw.flag("gradient_of_qs", 0.8))
+    states = draw.tensor(*leading, state, grad=draw.flag("gradient_of_states", 0.3))
+    positivity, beta = draw.choice("positivity", POSITIVITIES), draw.choice("beta", [1.0, 0.3, 4.0])
+
+    def run(backend: str) -> Any:
+        return ops.monotonic(agent_qs, states, params, positivity=positivity, beta=beta, backend=backend)
+
+    _compare(draw, [agent_qs, states, *(p for p in params if p is not None)], run)
+
+
+def recurrent(draw: Draw) -> None:
+    """One to three networks, with and without initial state, last actions, agent ids, layer norm, gradients."""
+    episodes, steps, agents = draw.size("episodes", 9, 0), draw.size("steps", 12), draw.size("agents", 9)
+    features, actions = draw.size("obs", 80), draw.size("actions", 20)
+    with_actions, with_ids = draw.flag("last_actions"), draw.flag("agent_ids")
+    inputs = features + (actions if with_actions else 0) + (agents if with_ids else 0)
+    networks, hidden = [], []
+    for index in range(draw.size("networks", 3)):
+        width, trained = draw.size(f"width{index}", 66), draw.flag(f"trained{index}", 0.7)
+        networks.append(_network(draw, inputs, width, actions, trained))
+        started = draw.flag(f"hidden{index}")
+        hidden.append(draw.tensor(episodes, agents, width, grad=draw.flag("hidden_gradient")) if started else None)
+    obs = draw.tensor(episodes, steps, agents, features, grad=draw.flag("gradient_of_obs", 0.3))
+    last = draw.integers(-1, actions, episodes, steps, agents) if with_actions else None
+    states = draw.flag("return_hidden_states")
+
+    def run(backend: str) -> Any:
+        outputs = ops.recurrent(
+            obs, networks, hidden, last_actions=last, agent_ids=with_ids, return_hidden_states=states, backend=backend
+        )
+        return [tensor for output in outputs for tensor in output]
+
+    parameters = [p for network in networks for p in network if p is not None]
+    _compare(draw, [obs, *(h for h in hidden if h is not None), *parameters], run)
+
+
+def td_loss(draw: Draw) -> None:
+    """Weights, residual, normaliser; masked steps may hold NaN or infinity."""
+    episodes, steps, width = draw.size("episodes", 9), draw.size("steps", 40), draw.size("width", 9)
+    mask, _ = draw.live(episodes, steps)
+    mask[0, 0] = 1  # the mean over nothing is not a number
+    qs = draw.tensor(episodes, steps, width).clone()
+    if draw.flag("poisoned_padding"):
+        qs = torch.where(mask != 0, qs, draw.choice("poison", [float("nan"), float("inf")]))
+    qs.requires_grad_()
+    residual = draw.tensor(episodes, steps, width, grad=True) if draw.flag("residual") else None
+    targets = draw.tensor(episodes, steps, draw.choice("target_width", [1, width]))
+    weights = draw.tensor(
+        *draw.choice("weights", [(episodes, 1, 1), (episodes, steps, 1), (episodes, steps, width)])
+    ).abs()
+    normaliser = draw.tensor().abs() + 1 if draw.flag("normaliser") else None
+    wide_mask = mask.expand(-1, -1, width) if draw.flag("wide_mask") else mask
+    weighted, scale = draw.flag("weighted"), draw.choice("scale", [1.0, 0.5])
+
+    def run(backend: str) -> Any:
+        return ops.td_loss(
+            qs, targets, wide_mask, weights=weights if weighted else None, residual=residual, scale=scale,
+            normaliser=normaliser, backend=backend,
+        )  # fmt: skip
+
+    _compare(draw, [qs, *([] if residual is None else [residual])], run)
+
+
+PROBLEMS: dict[str, Callable[[Draw], None]] = {
+    problem.__name__: problem for problem in (select, returns, monotonic, recurrent, td_loss)
+}
+
+
+def _network(draw: Draw, inputs: int, width: int, actions: int, trained: bool) -> RecurrentParams:
+    def parameter(*shape: int) -> Tensor:
+        return draw.tensor(*shape, scale=shape[-1] ** -0.5, grad=trained)
+
+    norm = draw.flag("layer_norm", 0.3)
+    return RecurrentParams(
+        fc1_weight=parameter(width, inputs),
+        fc1_bias=parameter(width),
+        weight_ih=parameter(3 * width, width),
+        weight_hh=parameter(3 * width, width),
+        bias_ih=parameter(3 * width),
+        bias_hh=parameter(3 * width),
+        norm_weight=parameter(width) if norm else None,
+        norm_bias=parameter(width) if norm else None,
+        fc2_weight=parameter(actions, width),
+        fc2_bias=parameter(actions),
+    )
+
+
+def _compare(draw: Draw, inputs: Sequence[Tensor], run: Callable[[str], Any], mask: Tensor | None = None) -> None:
+    """Outputs and gradients of both backends, from the same random output gradients."""
+    leaves = [tensor for tensor in inputs if tensor.requires_grad]
+    tolerance = TOLERANCE[draw.dtype]
+    expected = _tensors(run("reference"))
+    with poisoned_allocations():
+        actual = _tensors(run("native"))
+        assert len(actual) == len(expected), f"{len(actual)} outputs, expected {len(expected)}"
+        upstream = [draw.tensor(*e.shape) if e.requires_grad else None for e in expected]
+        if mask is not None:
+            upstream = [
+                None if u is None else u * mask.reshape(*mask.shape[:2], *[1] * (u.dim() - 2)) for u in upstream
+            ]
+        actual_grads = _gradients(actual, upstream, leaves)
+    expected_grads = _gradients(expected, upstream, leaves)
+    for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(a, e, tolerance, name=f"output {index}", mask=mask)
+    for index, (a, e) in enumerate(zip(actual_grads, expected_grads, strict=True)):
+        assert_close(a, e, tolerance, name=f"gradient {index} of shape {tuple(e.shape)}")
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
+
+
+def _gradients(outputs: Sequence[Tensor], upstream: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> list[Tensor]:
+    pairs = [(o, u) for o, u in zip(outputs, upstream, strict=True) if o.requires_grad and u is not None]
+    if not pairs or not leaves:
+        return []
+    grads = torch.autograd.grad([o for o, _ in pairs], leaves, [u for _, u in pairs], allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True)]
