@@ -198,10 +198,6 @@ void register_recurrent(py::module_& m) {
 
   register_stepper<float>(m, "RecurrentStepperFloat");
   register_stepper<double>(m, "RecurrentStepperDouble");
-  m.def("recurrent_saved_size", [](const Sizes& sizes, bool is_double) {
-    const RecurrentShape s = shape(sizes, {}, {});
-    return FASTMIX_DISPATCH(recurrent_saved_size, s, is_double ? 8 : 4);
-  });
   m.def("recurrent_forward", [](Address obs, Address last_actions, Address hidden, const Addresses& network, Address q,
                                 Address last_hidden, Address hidden_states, Address saved, const Sizes& sizes,
                                 const Strides& obs_stride, const Strides& action_stride, bool is_double, int threads) {

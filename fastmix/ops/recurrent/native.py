@@ -38,11 +38,19 @@ def sizes_of(obs: Tensor, last_actions: Tensor | None, network: Any, agent_ids: 
     return (episodes, steps, n_agents, n_obs, actions, ids, network[0].shape[0], network[8].shape[0])
 
 
+def saved_size(obs: Tensor, network: Any) -> int:
+    """How many numbers the core keeps from forward to backward: states, inputs and gates, padded to cache lines."""
+    episodes, steps, n_agents, _ = obs.shape
+    line = 64 // obs.element_size()
+    padded = (network[0].shape[0] + line - 1) // line * line
+    return episodes * n_agents * padded * (6 * steps + 1)
+
+
 def readable(obs: Tensor) -> Tensor:
     """``obs`` with contiguous features: a copy where they are not."""
-    if obs.stride(3) == 1 or obs.shape[3] <= 1:
+    if obs.stride(-1) == 1 or obs.shape[-1] <= 1:
         return obs
-    logger.debug("recurrent copies obs: its last axis has stride %d", obs.stride(3))
+    logger.debug("recurrent copies obs: its last axis has stride %d", obs.stride(-1))
     return obs.contiguous()
 
 
@@ -61,7 +69,7 @@ def _forward(
     q = obs.new_empty((episodes, steps, n_agents, outputs))
     after = obs.new_empty((episodes, n_agents, width))
     states = obs.new_empty((episodes, steps, n_agents, width) if return_hidden_states else (0,))
-    saved = _workspace(_core.recurrent_saved_size(sizes, is_double) if save else 0, obs.dtype)
+    saved = _workspace(saved_size(obs, network) if save else 0, obs.dtype)
     if after.numel() > 0:
         _core.recurrent_forward(
             obs.data_ptr(), _address(last_actions), _address(hidden), [_address(p) for p in network], q.data_ptr(), after.data_ptr(), _address(states), _address(saved), sizes, obs.stride()[:3],
@@ -75,13 +83,11 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     network, (agent_ids, return_hidden_states, save) = rest[:_PARAMS], rest[_PARAMS:]
     episodes, steps, n_agents, _, _, _, width, outputs = sizes_of(obs, last_actions, network, agent_ids)
-    line = 64 // obs.element_size()
-    padded = (width + line - 1) // line * line  # as recurrent_saved_size in the core
     return (
         obs.new_empty((episodes, steps, n_agents, outputs)),
         obs.new_empty((episodes, n_agents, width)),
         obs.new_empty((episodes, steps, n_agents, width) if return_hidden_states else (0,)),
-        obs.new_empty((episodes * n_agents * padded * (6 * steps + 1) if save else 0,)),
+        obs.new_empty((saved_size(obs, network) if save else 0,)),
     )
 
 

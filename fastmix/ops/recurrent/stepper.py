@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fastmix import backends
 from fastmix.ops import _checks
-from fastmix.ops.recurrent import arguments, reference
+from fastmix.ops.recurrent import arguments, native, reference
 from fastmix.ops.recurrent.types import RecurrentParams
 
 _version, _data_ptr = attrgetter("_version"), Tensor.data_ptr
@@ -52,7 +53,7 @@ class Stepper:
         self._native = backends.resolve("recurrent", params.fc1_weight) == "native"
         self._core: Any = None
         self._seen: list[int] = []  # versions and addresses of the weights that are packed
-        self._held: list[Tensor] = []
+        self._held: Sequence[Tensor] = ()
         self._key: tuple[Any, ...] = ()  # the arguments checked last, and results of their size
         self._like: tuple[Tensor, ...] = ()
 
@@ -81,7 +82,7 @@ class Stepper:
         episodes, n_agents, _ = obs.shape
         episode, agent, feature = obs.stride()
         if feature != 1:
-            obs = obs.contiguous()
+            obs = native.readable(obs)
             episode, agent, _ = obs.stride()
         start = 0
         if hidden is not None:
