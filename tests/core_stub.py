@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 STUB = Path(__file__).parent.parent / "fastmix" / "_core.pyi"
@@ -21,37 +22,18 @@ _TYPES = {
 
 
 def declarations() -> dict[str, str]:
-    """Name -> declaration of everything public in the compiled module, from the signatures that pybind11 puts first."""
+    """Name -> declaration of everything public in the compiled module."""
     from fastmix import _core
 
-    found = {}
-    for name in sorted(vars(_core)):
-        value = getattr(_core, name)
-        if name.startswith("__"):
-            continue
-        if not callable(value):
-            found[name] = f"{name}: {type(value).__name__}"
-            continue
-        signature, *about = value.__doc__.strip().splitlines()
-        if signature.startswith("Overloaded"):
-            raise ValueError(f"_core.{name} has overloads; give each its own name")
-        for long, short in _TYPES.items():
-            signature = signature.replace(long, short)
-        # pybind11 numbers the arguments that have no name: they are positional only.
-        if "(arg0" in signature:
-            signature = re.sub(r"\) -> ", ", /) -> ", signature)
-        text = " ".join(line.strip() for line in about if line.strip())
-        body = f'\n    """{text}"""' if text else " ..."
-        found[name] = f"def {signature}:{body}"
-    return found
+    return {name: _declaration(name, value) for name, value in vars(_core).items() if not name.startswith("__")}
 
 
 def read() -> dict[str, str]:
     """The same from the stub as it is."""
     if not STUB.exists():
         return {}
-    blocks = re.split(r"\n(?=def |\w+: )", STUB.read_text(encoding="utf-8"))[1:]
-    return {re.match(r"(?:def )?(\w+)", block)[1]: block.strip() for block in blocks}  # type: ignore[index]
+    blocks = re.split(r"\n(?=def |class |\w+: )", STUB.read_text(encoding="utf-8"))[1:]
+    return {re.match(r"(?:def |class )?(\w+)", block)[1]: block.strip() for block in blocks}  # type: ignore[index]
 
 
 def render() -> str:
@@ -64,6 +46,31 @@ def render() -> str:
     head = '"""Compiled kernels of fastmix; written by ``python -m tests.core_stub``."""\n\n'
     imports = "from collections.abc import Sequence\n\n" if any("Sequence" in text for text in wanted.values()) else ""
     return head + imports + "\n".join(wanted[name] for name in sorted(wanted)) + "\n"
+
+
+def _declaration(name: str, value: object) -> str:
+    if isinstance(value, type):
+        methods = [_declaration(key, method) for key, method in vars(value).items() if not key.startswith("_")]
+        body = [f'"""{_one_line(value.__doc__)}"""', *methods]
+        return f"class {name}:\n" + textwrap.indent("\n".join(body), "    ")
+    if not callable(value):
+        return f"{name}: {type(value).__name__}"
+    # pybind11 puts the signature into the first line of the docstring.
+    signature, *about = (value.__doc__ or "").strip().splitlines()
+    if signature.startswith("Overloaded"):
+        raise ValueError(f"_core.{name} has overloads; give each its own name")
+    for long, short in _TYPES.items():
+        signature = signature.replace(long, short)
+    signature = re.sub(r'typing\.Annotated\[([\w.]+\[\w+\]), "FixedSize\(\d+\)"\]', r"\1", signature)
+    # It numbers the arguments that have no name: they are positional only.
+    if "(arg0" in signature:
+        signature = re.sub(r"\) -> ", ", /) -> ", signature)
+    text = _one_line("\n".join(about))
+    return f'def {signature}:\n    """{text}"""' if text else f"def {signature}: ..."
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def save_panels(path: Path, rows: Sequence[Sequence[Panel]], actions: Sequence[s
             axis.set_axis_off()
         for axis, panel in zip(axis_row, panels, strict=False):
             cells = np.ma.masked_invalid(panel.cells)
-            axis.imshow(cells, cmap="RdYlGn", aspect="auto")
+            axis.imshow(cells, cmap="RdBu", aspect="auto")
             low, high = float(cells.min()), float(cells.max())
             n_rows, n_columns = panel.cells.shape
             for i in range(n_rows):

@@ -98,7 +98,9 @@ def draw(path: Path, algo: str, results: Sequence[dict[str, Any]], payoff: Payof
         Panel("payoff", payoff.values, payoff.optimal_actions()),
         *panels_of(f"{algo}, mean of {len(games)}", average(games)),
     ]
-    return save_or_say(path, [panels], payoff.actions, f"{algo} on {payoff.name}: {share_text(games, payoff)}")
+    return save_or_say(
+        path, [panels], payoff.actions, f"{algo} on {payoff.name}: optimum found by {share_text(games, payoff)}"
+    )
 
 
 def _absolute(env: str) -> str:
