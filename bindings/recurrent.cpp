@@ -175,7 +175,7 @@ class Stepper {
 
 template <class T>
 void register_stepper(py::module_& m, const char* name) {
-  py::class_<Stepper<T>>(m, name)
+  py::class_<Stepper<T>>(m, name, "One network's acting step, with weights packed once.")
       .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t>())
       .def("pack", &Stepper<T>::pack)
       .def("step", &Stepper<T>::step);

@@ -110,7 +110,7 @@ def test_matches_reference(name: str, dtype: torch.dtype, threads: int) -> None:
     actual, expected = run(inputs, case, "native"), run(inputs, case, "reference")
     compare(present(actual), present(expected), TOLERANCE[dtype], "output")
     grads = [gradients(present(out), leaves(inputs)) for out in (actual, expected)]
-    compare(*grads, TOLERANCE[dtype], "gradient")
+    compare(grads[0], grads[1], TOLERANCE[dtype], "gradient")
 
 
 @pytest.mark.parametrize("wanted", ["q", "hidden", "hidden_states"])
@@ -118,7 +118,7 @@ def test_gradient_of_each_output_alone(wanted: str) -> None:
     case = Case(norm=True)
     inputs = make(case, torch.float64)
     grads = [gradients([getattr(run(inputs, case, backend), wanted)], leaves(inputs)) for backend in _BOTH]
-    compare(*grads, TOLERANCE[torch.float64], f"gradient of {wanted}")
+    compare(grads[0], grads[1], TOLERANCE[torch.float64], f"gradient of {wanted}")
 
 
 @pytest.mark.parametrize("frozen", ["obs", "hidden", "network", "nothing but hidden"])
@@ -135,7 +135,7 @@ def test_gradients_only_where_wanted(frozen: str) -> None:
             if p is not None:
                 p.requires_grad_(False)
     grads = [gradients(present(run(inputs, case, backend)), leaves(inputs)) for backend in _BOTH]
-    compare(*grads, TOLERANCE[torch.float64], f"gradient with frozen {frozen}")
+    compare(grads[0], grads[1], TOLERANCE[torch.float64], f"gradient with frozen {frozen}")
 
 
 def test_several_networks_some_without_gradient() -> None:
@@ -203,7 +203,7 @@ def test_strides(kind: str) -> None:
     actual, expected = run(inputs, case, "native"), run(inputs, case, "reference")
     compare(present(actual), present(expected), TOLERANCE[torch.float64], "output")
     grads = [gradients(present(out), leaves(inputs)) for out in (actual, expected)]
-    compare(*grads, TOLERANCE[torch.float64], "gradient")
+    compare(grads[0], grads[1], TOLERANCE[torch.float64], "gradient")
 
 
 def test_a_copy_of_obs_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -437,7 +437,7 @@ def test_stepper_matches_reference(name: str, dtype: torch.dtype) -> None:
     obs, hidden, actions = step_of(inputs, case)
     first = inputs._replace(obs=inputs.obs[:, :1], last_actions=None if actions is None else actions[:, None])
     for layout in (lambda t: t, non_contiguous):
-        q, after = step(*(None if t is None else layout(t) for t in (obs, hidden, actions)))
+        q, after = step(layout(obs), *(None if t is None else layout(t) for t in (hidden, actions)))
         expected = run(first, case, "reference")
         assert not q.requires_grad and not after.requires_grad
         assert_close(q, expected.q[:, 0], TOLERANCE[dtype])
@@ -452,7 +452,7 @@ def _optimise(module: torch.nn.Module) -> None:
 
 
 def _swap(module: torch.nn.Module) -> None:
-    module.weight_hh.data = module.weight_hh.data * 0.5  # type: ignore[operator, union-attr, assignment]
+    module.weight_hh.data = module.weight_hh.data * 0.5  # type: ignore[operator, assignment]
 
 
 def _load(module: torch.nn.Module) -> None:
@@ -461,7 +461,7 @@ def _load(module: torch.nn.Module) -> None:
 
 def _in_place(module: torch.nn.Module) -> None:
     with torch.no_grad():
-        module.bias_ih.mul_(2.0)  # type: ignore[operator, union-attr]
+        module.bias_ih.mul_(2.0)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("update", [_optimise, _swap, _load, _in_place])

@@ -72,7 +72,8 @@ def _forward(
     saved = _workspace(saved_size(obs, network) if save else 0, obs.dtype)
     if after.numel() > 0:
         _core.recurrent_forward(
-            obs.data_ptr(), _address(last_actions), _address(hidden), [_address(p) for p in network], q.data_ptr(), after.data_ptr(), _address(states), _address(saved), sizes, obs.stride()[:3],
+            obs.data_ptr(), _address(last_actions), _address(hidden), [_address(p) for p in network], q.data_ptr(),
+            after.data_ptr(), _address(states), _address(saved), sizes, obs.stride()[:3],
             (0, 0, 0) if last_actions is None else last_actions.stride(), is_double, torch.get_num_threads(),
         )  # fmt: skip
     return q, after, states, saved
@@ -136,10 +137,10 @@ def _backward_forward(
         return outputs
     obs = readable(obs)
     network = tuple(None if p is None else p.contiguous() for p in network)
-    cotangents = tuple(None if g is None else g.contiguous() for g in cotangents)
+    grad_q, grad_after, grad_states = (None if g is None else g.contiguous() for g in cotangents)
     _core.recurrent_backward(
         obs.data_ptr(), _address(last_actions), hidden is None, [_address(p) for p in network],
-        saved.data_ptr(), *(_address(g) for g in cotangents), [_address(g) for g in grads], _address(grad_obs),
+        saved.data_ptr(), _address(grad_q), _address(grad_after), _address(grad_states), [_address(g) for g in grads], _address(grad_obs),
         _address(grad_hidden), sizes, obs.stride()[:3], (0, 0, 0) if last_actions is None else last_actions.stride(),
         obs.dtype == torch.float64, torch.get_num_threads(),
     )  # fmt: skip

@@ -14,6 +14,7 @@ from fastmix.ops import _checks
 from fastmix.ops.recurrent import arguments, native, reference
 from fastmix.ops.recurrent.types import RecurrentParams
 
+_NO_STRIDES: tuple[int, ...] = (0, 0)
 _version, _data_ptr = attrgetter("_version"), Tensor.data_ptr
 
 
@@ -88,7 +89,7 @@ class Stepper:
         if hidden is not None:
             hidden = hidden.contiguous()
             start = hidden.data_ptr()
-        actions, action_strides = 0, (0, 0)
+        actions, action_strides = 0, _NO_STRIDES
         if last_actions is not None:
             actions, action_strides = last_actions.data_ptr(), last_actions.stride()
         q, after = map(torch.empty_like, self._like)  # costs half of what torch.empty does
