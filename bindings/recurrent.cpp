@@ -70,15 +70,15 @@ const int64_t* actions(const RecurrentShape& s, Address address) {
 
 template <class T>
 void forward(const RecurrentShape& s, Address obs, Address last_actions, Address hidden, const Addresses& network,
-             Address packed, Address q, Address last_hidden, Address hidden_states, Address saved, int threads) {
+             Address q, Address last_hidden, Address hidden_states, Address saved, int threads) {
   const int64_t steps = rows(s) * s.steps;
   const RecurrentForward<T> p{
       s,
       pointer<const T>(obs, steps * s.obs_size, "obs"),
       actions(s, last_actions),
       pointer<const T>(hidden, 0, "hidden"),
-      packed != 0 ? RecurrentWeights<const T>{} : weights<const T>(s, network, "a weight"),
-      pointer<const T>(packed, 0, "packed"),
+      weights<const T>(s, network, "a weight"),
+      nullptr,
       pointer<T>(q, steps * s.outputs, "q"),
       pointer<T>(last_hidden, rows(s) * s.hidden_size, "last_hidden"),
       pointer<T>(hidden_states, 0, "hidden_states"),
@@ -122,6 +122,65 @@ struct Buffer {
   Workspace workspace;
 };
 
+// One step at a time with weights packed once. What does not change from step to step is kept here: at a few rows the
+// call itself is most of the cost.
+template <class T>
+class Stepper {
+ public:
+  Stepper(int64_t obs_size, int64_t actions, int64_t ids, int64_t hidden_size, int64_t outputs)
+      : call_{}, packed_(sizeof(T) * size({0, 1, ids, obs_size, actions, ids, hidden_size, outputs})) {
+    static_cast<RecurrentShape&>(call_) = shape({0, 1, ids, obs_size, actions, ids, hidden_size, outputs}, {}, {});
+    call_.packed = static_cast<T*>(packed_.get());
+  }
+
+  void pack(const Addresses& network) {
+    const auto w = weights<const T>(call_, network, "a weight");
+    FASTMIX_DISPATCH(recurrent_pack, call_, w, static_cast<T*>(packed_.get()));
+    call_.layer_norm = network[6] != 0;
+    is_packed_ = true;
+  }
+
+  void step(Address obs, int64_t obs_episode, int64_t obs_agent, Address last_actions, int64_t action_episode,
+            int64_t action_agent, Address hidden, Address q, Address next, int64_t episodes, int64_t agents,
+            int threads) const {
+    check(is_packed_, "pack the weights first");
+    check(episodes >= 0 && agents >= 0 && (call_.ids == 0 || call_.ids == agents), "wrong number of rows");
+    RecurrentForward<T> p = call_;
+    const int64_t n = episodes * agents;
+    p.episodes = episodes;
+    p.agents = agents;
+    p.obs_stride[0] = obs_episode;
+    p.obs_stride[2] = obs_agent;
+    p.action_stride[0] = action_episode;
+    p.action_stride[2] = action_agent;
+    p.obs = pointer<const T>(obs, n * p.obs_size, "obs");
+    p.last_actions = actions(p, last_actions);
+    p.hidden = pointer<const T>(hidden, 0, "hidden");
+    p.q = pointer<T>(q, n * p.outputs, "q");
+    p.last_hidden = pointer<T>(next, n * p.hidden_size, "last_hidden");
+    py::gil_scoped_release release;
+    FASTMIX_DISPATCH(recurrent_forward, &p, 1, threads);
+  }
+
+ private:
+  static std::size_t size(const Sizes& sizes) {
+    const RecurrentShape s = shape(sizes, {}, {});
+    return static_cast<std::size_t>(FASTMIX_DISPATCH(recurrent_packed_size, s, sizeof(T)));
+  }
+
+  RecurrentForward<T> call_;
+  Workspace packed_;
+  bool is_packed_ = false;
+};
+
+template <class T>
+void register_stepper(py::module_& m, const char* name) {
+  py::class_<Stepper<T>>(m, name, "One network's acting step, with weights packed once.")
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t>())
+      .def("pack", &Stepper<T>::pack)
+      .def("step", &Stepper<T>::step);
+}
+
 }  // namespace
 
 void register_recurrent(py::module_& m) {
@@ -137,32 +196,15 @@ void register_recurrent(py::module_& m) {
   m.def("workspace_kept", &workspace_kept, "Bytes that the pool keeps for later calls.");
   m.def("workspace_clear", &workspace_clear, "Give the pool's memory back to the system.");
 
-  m.def("recurrent_packed_size", [](const Sizes& sizes, bool is_double) {
-    const RecurrentShape s = shape(sizes, {}, {});
-    return FASTMIX_DISPATCH(recurrent_packed_size, s, is_double ? 8 : 4);
+  register_stepper<float>(m, "RecurrentStepperFloat");
+  register_stepper<double>(m, "RecurrentStepperDouble");
+  m.def("recurrent_forward", [](Address obs, Address last_actions, Address hidden, const Addresses& network, Address q,
+                                Address last_hidden, Address hidden_states, Address saved, const Sizes& sizes,
+                                const Strides& obs_stride, const Strides& action_stride, bool is_double, int threads) {
+    const RecurrentShape s = shape(sizes, obs_stride, action_stride);
+    (is_double ? forward<double> : forward<float>)(s, obs, last_actions, hidden, network, q, last_hidden, hidden_states,
+                                                   saved, threads);
   });
-  m.def("recurrent_saved_size", [](const Sizes& sizes, bool is_double) {
-    const RecurrentShape s = shape(sizes, {}, {});
-    return FASTMIX_DISPATCH(recurrent_saved_size, s, is_double ? 8 : 4);
-  });
-  m.def("recurrent_pack", [](const Sizes& sizes, const Addresses& network, Address packed, bool is_double) {
-    const RecurrentShape s = shape(sizes, {}, {});
-    if (is_double) {
-      FASTMIX_DISPATCH(recurrent_pack, s, weights<const double>(s, network, "a weight"),
-                       pointer<double>(packed, 1, "packed"));
-    } else {
-      FASTMIX_DISPATCH(recurrent_pack, s, weights<const float>(s, network, "a weight"),
-                       pointer<float>(packed, 1, "packed"));
-    }
-  });
-  m.def("recurrent_forward",
-        [](Address obs, Address last_actions, Address hidden, const Addresses& network, Address packed, Address q,
-           Address last_hidden, Address hidden_states, Address saved, const Sizes& sizes, const Strides& obs_stride,
-           const Strides& action_stride, bool is_double, int threads) {
-          const RecurrentShape s = shape(sizes, obs_stride, action_stride);
-          (is_double ? forward<double> : forward<float>)(s, obs, last_actions, hidden, network, packed, q, last_hidden,
-                                                         hidden_states, saved, threads);
-        });
   m.def("recurrent_backward", [](Address obs, Address last_actions, bool zero_start, const Addresses& network,
                                  Address saved, Address grad_q, Address grad_last_hidden, Address grad_hidden_states,
                                  const Addresses& grads, Address grad_obs, Address grad_hidden, const Sizes& sizes,

@@ -2,8 +2,49 @@
 
 from collections.abc import Sequence
 
+class RecurrentStepperDouble:
+    """One network's acting step, with weights packed once."""
+    def __init__(self, arg0: int, arg1: int, arg2: int, arg3: int, arg4: int) -> None: ...
+    def pack(self, arg0: Sequence[int]) -> None: ...
+    def step(
+        self,
+        arg0: int,
+        arg1: int,
+        arg2: int,
+        arg3: int,
+        arg4: int,
+        arg5: int,
+        arg6: int,
+        arg7: int,
+        arg8: int,
+        arg9: int,
+        arg10: int,
+        arg11: int,
+    ) -> None: ...
+
+class RecurrentStepperFloat:
+    """One network's acting step, with weights packed once."""
+    def __init__(self, arg0: int, arg1: int, arg2: int, arg3: int, arg4: int) -> None: ...
+    def pack(self, arg0: Sequence[int]) -> None: ...
+    def step(
+        self,
+        arg0: int,
+        arg1: int,
+        arg2: int,
+        arg3: int,
+        arg4: int,
+        arg5: int,
+        arg6: int,
+        arg7: int,
+        arg8: int,
+        arg9: int,
+        arg10: int,
+        arg11: int,
+    ) -> None: ...
+
 class Workspace:
     """Memory of a pool that outlives calls; contents undefined."""
+    def __init__(self, bytes: int) -> None: ...
 
 compiler: str
 cuda: bool
@@ -94,17 +135,13 @@ def recurrent_forward(
     arg5: int,
     arg6: int,
     arg7: int,
-    arg8: int,
+    arg8: Sequence[int],
     arg9: Sequence[int],
     arg10: Sequence[int],
-    arg11: Sequence[int],
-    arg12: bool,
-    arg13: int,
+    arg11: bool,
+    arg12: int,
     /,
 ) -> None: ...
-def recurrent_pack(arg0: Sequence[int], arg1: Sequence[int], arg2: int, arg3: bool, /) -> None: ...
-def recurrent_packed_size(arg0: Sequence[int], arg1: bool, /) -> int: ...
-def recurrent_saved_size(arg0: Sequence[int], arg1: bool, /) -> int: ...
 def returns_backward(
     arg0: int,
     arg1: int,

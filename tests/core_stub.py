@@ -50,7 +50,7 @@ def render() -> str:
 
 def _declaration(name: str, value: object) -> str:
     if isinstance(value, type):
-        methods = [_declaration(key, method) for key, method in vars(value).items() if not key.startswith("_")]
+        methods = [_declaration(key, method) for key, method in vars(value).items() if _is_api(key)]
         body = [f'"""{_one_line(value.__doc__)}"""', *methods]
         return f"class {name}:\n" + textwrap.indent("\n".join(body), "    ")
     if not callable(value):
@@ -62,11 +62,16 @@ def _declaration(name: str, value: object) -> str:
     for long, short in _TYPES.items():
         signature = signature.replace(long, short)
     signature = re.sub(r'typing\.Annotated\[([\w.]+\[\w+\]), "FixedSize\(\d+\)"\]', r"\1", signature)
+    signature = re.sub(r"\(self: [\w.]+", "(self", signature)
     # It numbers the arguments that have no name: they are positional only.
     if "(arg0" in signature:
         signature = re.sub(r"\) -> ", ", /) -> ", signature)
     text = _one_line("\n".join(about))
     return f'def {signature}:\n    """{text}"""' if text else f"def {signature}: ..."
+
+
+def _is_api(method: str) -> bool:
+    return method == "__init__" or not method.startswith("_")
 
 
 def _one_line(text: str | None) -> str:

@@ -979,10 +979,6 @@ int64_t packed_size(const RecurrentShape& s) {
 int64_t recurrent_packed_size(const RecurrentShape& s, int64_t element_size) {
   return element_size == sizeof(double) ? packed_size<double>(s) : packed_size<float>(s);
 }
-int64_t recurrent_saved_size(const RecurrentShape& s, int64_t element_size) {
-  const int64_t width = element_size == sizeof(double) ? padded<double>(s.hidden_size) : padded<float>(s.hidden_size);
-  return rows_of(s) * width * (6 * s.steps + 1);
-}
 void recurrent_forward(const RecurrentForward<float>* networks, int64_t count, int threads) {
   forward(networks, count, threads);
 }

@@ -38,7 +38,8 @@ struct RecurrentForward : RecurrentShape {
   T* q;              // [B, T, A, U]
   T* last_hidden;    // [B, A, D]
   T* hidden_states;  // [B, T, A, D]; null: not wanted
-  T* saved;  // recurrent_saved_size numbers for the backward pass, 64-byte aligned; null: no backward pass will come
+  T* saved;  // rows * (6 T + 1) * D numbers for the backward pass, D rounded up to 64 bytes, and aligned to them; null:
+             // no backward pass will come
   bool layer_norm;  // known here too, since packed weights come without the others
 };
 
@@ -55,10 +56,8 @@ struct RecurrentBackward : RecurrentShape {
   T* grad_hidden;  // [B, A, D]; null: not wanted
 };
 
-// How many numbers a packed copy of the weights has, and what forward keeps for backward; the same for every
-// instruction set.
+// How many numbers a packed copy of the weights has; the same for every instruction set.
 FASTMIX_DECLARE(int64_t recurrent_packed_size(const RecurrentShape& s, int64_t element_size))
-FASTMIX_DECLARE(int64_t recurrent_saved_size(const RecurrentShape& s, int64_t element_size))
 
 // Several networks at once share the threads; tasks are blocks of rows of one network.
 FASTMIX_DECLARE(void recurrent_forward(const RecurrentForward<float>* networks, int64_t count, int threads))

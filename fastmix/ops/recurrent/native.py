@@ -13,7 +13,6 @@ from fastmix.ops.recurrent.types import RecurrentOutput, RecurrentParams
 
 logger = logging.getLogger("fastmix")
 
-_SIZES = 8  # numbers in what `sizes_of` gives
 _PARAMS = len(RecurrentParams._fields)
 
 
@@ -39,16 +38,19 @@ def sizes_of(obs: Tensor, last_actions: Tensor | None, network: Any, agent_ids: 
     return (episodes, steps, n_agents, n_obs, actions, ids, network[0].shape[0], network[8].shape[0])
 
 
-def addresses(tensors: Any) -> list[int]:
-    """Where each tensor begins; 0 for a missing one."""
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+def saved_size(obs: Tensor, network: Any) -> int:
+    """How many numbers the core keeps from forward to backward: states, inputs and gates, padded to cache lines."""
+    episodes, steps, n_agents, _ = obs.shape
+    line = 64 // obs.element_size()
+    padded = (network[0].shape[0] + line - 1) // line * line
+    return episodes * n_agents * padded * (6 * steps + 1)
 
 
 def readable(obs: Tensor) -> Tensor:
     """``obs`` with contiguous features: a copy where they are not."""
-    if obs.stride(3) == 1 or obs.shape[3] <= 1:
+    if obs.stride(-1) == 1 or obs.shape[-1] <= 1:
         return obs
-    logger.debug("recurrent copies obs: its last axis has stride %d", obs.stride(3))
+    logger.debug("recurrent copies obs: its last axis has stride %d", obs.stride(-1))
     return obs.contiguous()
 
 
@@ -63,16 +65,15 @@ def _forward(
     obs = readable(obs)
     network = tuple(None if p is None else p.contiguous() for p in network)
     hidden = None if hidden is None else hidden.contiguous()
-    like = {"dtype": obs.dtype, "device": obs.device}
     is_double = obs.dtype == torch.float64
-    q = torch.empty((episodes, steps, n_agents, outputs), **like)
-    after = torch.empty((episodes, n_agents, width), **like)
-    states = torch.empty((episodes, steps, n_agents, width) if return_hidden_states else 0, **like)
-    saved = _workspace(_core.recurrent_saved_size(sizes, is_double) if save else 0, obs.dtype)
+    q = obs.new_empty((episodes, steps, n_agents, outputs))
+    after = obs.new_empty((episodes, n_agents, width))
+    states = obs.new_empty((episodes, steps, n_agents, width) if return_hidden_states else (0,))
+    saved = _workspace(saved_size(obs, network) if save else 0, obs.dtype)
     if after.numel() > 0:
         _core.recurrent_forward(
-            obs.data_ptr(), 0 if last_actions is None else last_actions.data_ptr(), _address(hidden), addresses(network), 0,
-            q.data_ptr(), after.data_ptr(), _address(states), _address(saved), sizes, obs.stride()[:3],
+            obs.data_ptr(), _address(last_actions), _address(hidden), [_address(p) for p in network], q.data_ptr(),
+            after.data_ptr(), _address(states), _address(saved), sizes, obs.stride()[:3],
             (0, 0, 0) if last_actions is None else last_actions.stride(), is_double, torch.get_num_threads(),
         )  # fmt: skip
     return q, after, states, saved
@@ -83,13 +84,11 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     network, (agent_ids, return_hidden_states, save) = rest[:_PARAMS], rest[_PARAMS:]
     episodes, steps, n_agents, _, _, _, width, outputs = sizes_of(obs, last_actions, network, agent_ids)
-    line = 64 // obs.element_size()
-    padded = (width + line - 1) // line * line  # as recurrent_saved_size in the core
     return (
         obs.new_empty((episodes, steps, n_agents, outputs)),
         obs.new_empty((episodes, n_agents, width)),
         obs.new_empty((episodes, steps, n_agents, width) if return_hidden_states else (0,)),
-        obs.new_empty((episodes * n_agents * padded * (6 * steps + 1) if save else 0,)),
+        obs.new_empty((saved_size(obs, network) if save else 0,)),
     )
 
 
@@ -138,12 +137,12 @@ def _backward_forward(
         return outputs
     obs = readable(obs)
     network = tuple(None if p is None else p.contiguous() for p in network)
-    cotangents = tuple(None if g is None else g.contiguous() for g in cotangents)
+    grad_q, grad_after, grad_states = (None if g is None else g.contiguous() for g in cotangents)
     _core.recurrent_backward(
-        obs.data_ptr(), 0 if last_actions is None else last_actions.data_ptr(), hidden is None, addresses(network),
-        saved.data_ptr(), *(_address(g) for g in cotangents), [_address(g) for g in grads], _address(grad_obs),
-        _address(grad_hidden), sizes, obs.stride()[:3], (0, 0, 0) if last_actions is None else last_actions.stride(),
-        obs.dtype == torch.float64, torch.get_num_threads(),
+        obs.data_ptr(), _address(last_actions), hidden is None, [_address(p) for p in network],
+        saved.data_ptr(), _address(grad_q), _address(grad_after), _address(grad_states), [_address(g) for g in grads],
+        _address(grad_obs), _address(grad_hidden), sizes, obs.stride()[:3],
+        (0, 0, 0) if last_actions is None else last_actions.stride(), obs.dtype == torch.float64, torch.get_num_threads(),
     )  # fmt: skip
     return outputs
 
@@ -152,11 +151,9 @@ def _backward_fake(obs: Tensor, last_actions: Tensor | None, hidden: Tensor | No
     network, (wants_obs, wants_hidden) = rest[:_PARAMS], rest[-2:]
     episodes, _, n_agents, _ = obs.shape
     return (
-        torch.empty(obs.shape if wants_obs else (0,), dtype=obs.dtype, device=obs.device),
-        torch.empty(
-            (episodes, n_agents, network[0].shape[0]) if wants_hidden else (0,), dtype=obs.dtype, device=obs.device
-        ),
-        *(torch.empty((0,) if p is None else p.shape, dtype=obs.dtype, device=obs.device) for p in network),
+        obs.new_empty(obs.shape if wants_obs else (0,)),
+        obs.new_empty((episodes, n_agents, network[0].shape[0]) if wants_hidden else (0,)),
+        *(obs.new_empty((0,) if p is None else p.shape) for p in network),
     )
 
 
@@ -187,8 +184,8 @@ _recurrent_backward = _library.define(
 )
 _recurrent = _library.define(
     "recurrent",
-    f"(Tensor obs, Tensor? last_actions, Tensor? hidden, {_WEIGHTS}, bool agent_ids, bool return_hidden_states, bool save)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor obs, Tensor? last_actions, Tensor? hidden, {_WEIGHTS}, bool agent_ids, bool return_hidden_states,"
+    " bool save) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
     setup_context=_setup_context,
