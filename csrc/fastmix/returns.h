@@ -36,4 +36,11 @@ FASTMIX_DECLARE(void returns_forward(const ReturnsForward<double>& p))
 FASTMIX_DECLARE(void returns_backward(const ReturnsBackward<float>& p))
 FASTMIX_DECLARE(void returns_backward(const ReturnsBackward<double>& p))
 
+// The same on the current CUDA device, queued on `stream` (a cudaStream_t); null, or what the launch failed with. `threads` has
+// no meaning there.
+const char* returns_forward_cuda(const ReturnsForward<float>& p, void* stream);
+const char* returns_forward_cuda(const ReturnsForward<double>& p, void* stream);
+const char* returns_backward_cuda(const ReturnsBackward<float>& p, void* stream);
+const char* returns_backward_cuda(const ReturnsBackward<double>& p, void* stream);
+
 }  // namespace fastmix
