@@ -81,13 +81,14 @@ def returns(
 
     shape = target_qs.shape
     episodes, steps = rewards.shape[:2]
-    qs = target_qs.reshape(episodes, steps + 1, math.prod(shape[2:]))
-    behaviour = None if behaviour_qs is None else behaviour_qs.reshape(qs.shape)
-    terminated, mask = terminated.to(qs.dtype), mask.to(qs.dtype)
-    flat_rewards = rewards.reshape(episodes, steps, math.prod(rewards.shape[2:]))
-    run = native.returns if backends.resolve("returns", qs, backend) == "native" else reference.returns
-    targets = run(flat_rewards, terminated, mask, qs, behaviour, gamma, kind, td_lambda, n_step)
-    return targets.reshape(episodes, steps, *shape[2:])
+    if len(shape) > 3:
+        target_qs = target_qs.reshape(episodes, steps + 1, math.prod(shape[2:]))
+        behaviour_qs = None if behaviour_qs is None else behaviour_qs.reshape(target_qs.shape)
+        rewards = rewards.reshape(episodes, steps, math.prod(rewards.shape[2:]))
+    terminated, mask = terminated.to(target_qs.dtype), mask.to(target_qs.dtype)
+    run = native.returns if backends.resolve("returns", target_qs, backend) == "native" else reference.returns
+    targets = run(rewards, terminated, mask, target_qs, behaviour_qs, gamma, kind, td_lambda, n_step)
+    return targets.reshape(episodes, steps, *shape[2:]) if len(shape) > 3 else targets
 
 
 def _check_tensors(
