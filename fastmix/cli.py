@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked_for = next((word for word in argv if not word.startswith("-")), None)
     module = None
     for name, (path, text) in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=text)
+        subparser = subparsers.add_parser(name, help=text, allow_abbrev=False)
         if name == asked_for:
             module = importlib.import_module(path)
             module.add_arguments(subparser)

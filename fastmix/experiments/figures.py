@@ -38,7 +38,7 @@ def save_panels(path: Path, rows: Sequence[Sequence[Panel]], actions: Sequence[s
             axis.set_axis_off()
         for axis, panel in zip(axis_row, panels, strict=False):
             cells = np.ma.masked_invalid(panel.cells)
-            axis.imshow(cells, cmap="RdYlGn", aspect="auto")
+            axis.imshow(cells, cmap="RdBu", aspect="auto")
             low, high = float(cells.min()), float(cells.max())
             n_rows, n_columns = panel.cells.shape
             for i in range(n_rows):
@@ -62,3 +62,16 @@ def save_panels(path: Path, rows: Sequence[Sequence[Panel]], actions: Sequence[s
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return True
+
+
+def save_or_say(path: Path, rows: Sequence[Sequence[Panel]], actions: Sequence[str], title: str) -> bool:
+    """``save_panels``, with a sentence where matplotlib is missing."""
+    drawn = save_panels(path, rows, actions, title)
+    if not drawn:
+        print("(no figure: it needs matplotlib, pip install 'fastmix[train]')")
+    return drawn
+
+
+def panels_of(title: str, learned: LearnedGame) -> list[Panel]:
+    """One heat map for each learned table."""
+    return [Panel(f"{title}: {name}", table, [learned.greedy], learned) for name, table in learned.tables.items()]

@@ -11,6 +11,7 @@ import torch
 
 from fastmix.algorithms import Algorithm
 from fastmix.envs import MatrixGame, Payoff
+from fastmix.experiments.stats import wilson_interval
 from fastmix.train.trainer import Trainer
 
 # Joint tables are enumerated: this many joint actions still take a moment only.
@@ -92,3 +93,18 @@ def average(games: Sequence[LearnedGame]) -> LearnedGame:
         [np.mean([game.utilities[i] for game in games], axis=0) for i in range(len(games[0].utilities))],
         {name: np.mean([game.tables[name] for game in games], axis=0) for name in games[0].tables},
     )
+
+
+def summarise_games(results: Sequence[dict[str, Any]], payoff: Payoff) -> dict[str, Any]:
+    """Average tables and the share of seeds that found the optimum with its 95 % interval, for JSON."""
+    games = [LearnedGame.from_json(result["game"]) for result in results]
+    found = sum(game.is_optimal(payoff) for game in games)
+    return {
+        "payoff": payoff.values.tolist(),
+        "noise_std": payoff.noise_std,
+        "optimum": [payoff.label(joint) for joint in payoff.optimal_actions()],
+        "average": average(games).to_json(payoff),
+        "found": found,
+        "seeds": len(games),
+        "wilson_95": list(wilson_interval(found, len(games))),
+    }

@@ -27,6 +27,17 @@ class PaperRow:
         """The row in the form of our own results, or ``None`` where the paper prints no utilities."""
         return None if self.utilities is None else LearnedGame(self.utilities, self.tables)
 
+    def to_json(self) -> dict[str, Any]:
+        """As the file has it: cells that nobody can read are null."""
+        return {
+            "source": self.source,
+            "algorithm": self.algorithm,
+            "tables": {name: _cells(table) for name, table in self.tables.items()},
+            "utilities": None if self.utilities is None else [q.tolist() for q in self.utilities],
+            "greedy": self.greedy,
+            "optimal": self.optimal,
+        }
+
 
 @dataclass(frozen=True, eq=False)
 class PaperGame:
@@ -61,3 +72,7 @@ def _row(values: dict[str, Any]) -> PaperRow:
         values["greedy"],
         values["optimal"],
     )
+
+
+def _cells(table: np.ndarray) -> list[list[float | None]]:
+    return [[None if np.isnan(value) else float(value) for value in row] for row in table]

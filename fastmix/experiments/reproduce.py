@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 from fastmix import algorithms, envs
 from fastmix.envs import MatrixGame, Payoff
-from fastmix.experiments.figures import Panel
-from fastmix.experiments.matrix import LearnedGame, average, report
+from fastmix.experiments.figures import Panel, panels_of, save_or_say
+from fastmix.experiments.matrix import LearnedGame, average, summarise_games
 from fastmix.experiments.papers import PaperGame, PaperRow, paper_games
-from fastmix.experiments.tables import matrix_block, side_by_side, verdict
-from fastmix.experiments.train import (
-    add_sweep_arguments,
-    claim,
-    finite_or_none,
-    no_settings_with_resume,
-    panels_of,
-    positive,
-    resumable,
-    save_or_say,
-    share_text,
-    summarise_games,
-)
+from fastmix.experiments.sweeps import add_sweep_arguments, positive, resume, start
+from fastmix.experiments.tables import matrix_block, share_text, side_by_side, verdict
 from fastmix.train.checkpoint import write_json
 from fastmix.train.config import TrainConfig
-from fastmix.train.sweep import Run, default_workers, load_sweep, new_folder, run_all, save_sweep
-from fastmix.train.trainer import Plan
+from fastmix.train.sweep import Run
 
 # Stated for matrix 3 (ResQ appendix) and, as far as epsilon goes, by POWQMIX for matrix 1; nothing is stated for
 # matrices 1 and 2 of the ResQ appendix, which get the same.
@@ -54,34 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, compare, print, write; returns the exit status."""
     if args.resume is not None:
-        no_settings_with_resume(args, [name for name in ("game", "algos", "t_max") if getattr(args, name) is not None])
-        folder = args.resume
-        runs, extra = load_sweep(folder, "reproduce")
-        game = paper_games()[extra["game"]]
+        given = [name for name in ("game", "algos", "t_max") if getattr(args, name) is not None]
+        sweep = resume(args, "reproduce", given)
+        game = paper_games()[sweep.extra["game"]]
     else:
         if args.game is None:
             raise ValueError("name a game to reproduce: " + ", ".join(sorted(paper_games())))
         game = paper_games()[args.game]
         configs = _configs(game, args.algos, positive(args, "seeds", DEFAULT_SEEDS), positive(args, "t_max", T_MAX))
-        for config in configs:
-            Plan.of(config)
-        folder = args.out or new_folder(Path("runs") / "reproduce" / game.name)
-        runs = [Run(config, folder / config.algo / f"seed-{config.seed}") for config in configs]
-        claim(folder)
-        save_sweep(folder, "reproduce", runs, game=game.name)
+        sweep = start(args, "reproduce", configs, Path("runs") / "reproduce" / game.name, game=game.name)
+    runs, folder, t_max = sweep.runs, sweep.folder, sweep.plan.t_max
     names = list(dict.fromkeys(run.config.algo for run in runs))
-    t_max = Plan.of(runs[0].config).t_max
     print(f"{game.name} ({game.env}): {', '.join(names)}; {len(runs) // len(names)} seed(s) of {t_max} steps, {folder}")
-    workers = positive(args, "workers", default_workers(len(runs)))
-    with resumable("reproduce", folder):
-        results = run_all(
-            runs,
-            workers=workers,
-            t_max=t_max,
-            report=report,
-            progress=not args.no_progress,
-            description=f"reproduce {game.name}",
-        )
+    results = sweep.train(f"reproduce {game.name}")
     env = envs.make(game.env, 1, 0)
     assert isinstance(env, MatrixGame), game.env
     by_algo = {
@@ -99,15 +71,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _configs(game: PaperGame, names: Sequence[str] | None, n_seeds: int, t_max: int) -> list[TrainConfig]:
+def _configs(game: PaperGame, names: Sequence[str] | None, n_seeds: int, t_max: int) -> dict[str, TrainConfig]:
     for name in names or ():
         if name not in algorithms.REGISTRY:
             raise ValueError(f"--algos has {name!r}; the algorithms are {', '.join(algorithms.REGISTRY)}")
-    return [
-        TrainConfig(algo=name, env=game.env, preset=PRESET, seed=seed, t_max=t_max, overrides=PROTOCOL)
+    return {
+        f"{name}/seed-{seed}": TrainConfig(name, game.env, PRESET, seed, t_max, overrides=PROTOCOL)
         for name in dict.fromkeys(names or algorithms.REGISTRY)
         for seed in range(n_seeds)
-    ]
+    }
 
 
 def _print(game: PaperGame, payoff: Payoff, by_algo: dict[str, list[dict[str, Any]]]) -> None:
@@ -159,14 +131,10 @@ def _summary(
         name: {
             **summarise_games(results, payoff),
             "runs": results,
-            "papers": [
-                {**asdict(row), "tables": {k: finite_or_none(t) for k, t in row.tables.items()},
-                 "utilities": None if row.utilities is None else [q.tolist() for q in row.utilities]}
-                for row in game.of(name)
-            ],
+            "papers": [row.to_json() for row in game.of(name)],
         }
         for name, results in by_algo.items()
-    }  # fmt: skip
+    }
     protocol = {"t_max": runs[0].config.t_max, "preset": PRESET, **PROTOCOL}
     return {"game": game.name, "env": game.env, "protocol": protocol, "algorithms": ours}
 

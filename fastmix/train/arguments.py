@@ -31,7 +31,8 @@ def add_dataclass_arguments(
         kind = _without_none(hints[field.name])
         options: dict[str, Any] = {"dest": field.name, "default": UNSET, "help": text}
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+            argument = parser.add_argument(flag, action=argparse.BooleanOptionalAction, dest=field.name, default=UNSET)
+            argument.help = text  # set afterwards: Python 3.10 appends the default to what it is given
         elif get_origin(kind) is Literal:
             parser.add_argument(flag, choices=get_args(kind), type=type(get_args(kind)[0]), **options)
         elif kind in (int, float, str):

@@ -30,23 +30,22 @@ class TrainConfig:
     device: str = option("cpu", "torch device of networks and updates")
     threads: int = option(1, "CPU threads of torch and of the native core in each run")
     updates_per_round: int = option(1, "gradient steps after every batch_size_run finished episodes")
-    epsilon_decay: Decay = option("linear", "shape of the epsilon schedule")
-    stored_termination: StoredTermination = option(
+    epsilon_decay: Decay = option("linear", "shape of the epsilon schedule")  # noqa: RUF009 - an immutable Literal
+    stored_termination: StoredTermination = option(  # noqa: RUF009
         "true",
         "terminated flag kept in replay: 'true' is what the environment says; 'pymarl' stores a true end at the very "
         "episode limit as a time-out, as PyMARL's runner does",
     )
     bucket: int = option(16, "round batch lengths up to a multiple of this many steps (masked), at most the limit")
-    replay_obs_dtype: ObsDtype = option("float32", "storage type of observations and states in replay")
+    replay_obs_dtype: ObsDtype = option("float32", "storage of observations and states in replay")  # noqa: RUF009
     test_interval: int = option(2000, "environment steps between greedy evaluations")
     test_nepisode: int = option(32, "episodes of one evaluation")
     log_interval: int = option(2000, "environment steps between log records")
     checkpoint_interval: int = option(50_000, "environment steps between checkpoints (one is always taken at the end)")
     keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep")
     tensorboard: bool = option(False, "write TensorBoard events as well as metrics.jsonl (needs fastmix[train])")
-    overrides: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # settings of the algorithm that differ from its preset
+    # Settings of the algorithm (fields of AlgorithmConfig) that differ from its preset.
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("updates_per_round", "bucket", "test_interval", "test_nepisode", "log_interval",

@@ -27,8 +27,8 @@ ObsDtype = Literal["float32", "float16"]
 class Prioritised:
     """pymarl2's proportional prioritised replay.
 
-    Priorities to the power ``alpha``, importance weights to the power ``-beta``, and beta grown linearly from ``beta`` to
-    1 over ``t_max`` environment steps.
+    Priorities to the power ``alpha``, importance weights to the power ``-beta``, and beta grown linearly from ``beta``
+    to 1 over ``t_max`` environment steps.
     """
 
     alpha: float = 0.6
@@ -94,8 +94,7 @@ class ReplayBuffer:
         self._writer_rows = np.arange(capacity, rows)  # copy of the environment -> the row it is writing
         # Filled steps (L+1) of each row. For a row being written: how much of its previous episode is still there.
         self._n_filled = np.zeros(rows, dtype=np.int64)
-        self._shifts = torch.arange(8, dtype=torch.uint8)
-        self._steps = torch.arange(scheme.episode_limit + 1)
+        self._steps = np.arange(scheme.episode_limit + 1)
         self._priorities = np.zeros(capacity)  # already to the power alpha
         self._max_priority = 1.0
 
@@ -300,23 +299,26 @@ class ReplayBuffer:
         return positions, torch.from_numpy(weights).float().view(-1, 1, 1)
 
     def _gather(self, rows: np.ndarray, n_filled: np.ndarray, length: int, weights: Tensor | None) -> EpisodeBatch:
-        index = torch.from_numpy(rows)
-        picked = {name: tensor[:, : length + 1].index_select(0, index) for name, tensor in self._tensors.items()}
-        filled = self._steps[: length + 1] < torch.from_numpy(n_filled)[:, None]
-        actions = picked["actions"].long()
-        last_actions = torch.full_like(actions, -1)
-        last_actions[:, 1:] = actions[:, :-1]
-        last_actions.masked_fill_(~filled[..., None], -1)
-        bits = picked["avail"][..., None].bitwise_right_shift(self._shifts).bitwise_and_(1)
+        # Observations are the bulk: torch copies them with all its threads. The rest is small, and numpy's calls are
+        # several times cheaper than torch's; with one-step games they would outweigh everything else.
+        index, stored = torch.from_numpy(rows), length + 1
+        obs, states = (self._tensors[name][:, :stored].index_select(0, index) for name in ("obs", "states"))
+        actions, avail, rewards, terminated = (
+            self._arrays[name][rows, :stored] for name in ("actions", "avail", "rewards", "terminated")
+        )
+        filled = self._steps[:stored] < n_filled[:, None]
+        last_actions = np.full(actions.shape, -1, dtype=np.int64)
+        np.copyto(last_actions[:, 1:], actions[:, :-1], where=filled[:, 1:, None])
+        avail = np.unpackbits(avail, axis=-1, count=self.scheme.n_actions, bitorder="little").view(np.bool_)
         return EpisodeBatch(
-            obs=picked["obs"].float(),
-            states=picked["states"].float(),
-            actions=actions,
-            last_actions=last_actions,
-            avail_actions=bits.flatten(-2)[..., : self.scheme.n_actions].bool(),
-            rewards=picked["rewards"][:, :length, None],
-            terminated=picked["terminated"][:, :length, None].float(),
-            mask=filled[:, 1:, None].float(),
+            obs=obs.float(),
+            states=states.float(),
+            actions=torch.from_numpy(actions.astype(np.int64)),
+            last_actions=torch.from_numpy(last_actions),
+            avail_actions=torch.from_numpy(avail),
+            rewards=torch.from_numpy(np.ascontiguousarray(rewards[:, :length, None])),
+            terminated=torch.from_numpy(terminated[:, :length, None].astype(np.float32)),
+            mask=torch.from_numpy(filled[:, 1:, None].astype(np.float32)),
             weights=weights,
         )
 

@@ -67,6 +67,10 @@ class Player:
         self.env.reset(copies)
         self.steps[copies] = 0
         self.returns[copies] = 0.0
+        if len(copies) == self.env.n_envs:
+            self.last_actions.fill_(-1)
+            self.hidden = self.algo.initial_hidden(self.env.n_envs)
+            return
         index = torch.from_numpy(copies).to(self.device)
         self.last_actions.index_fill_(0, index, -1)
         # Out of place: the hidden state belongs to whoever returned it.

@@ -17,7 +17,7 @@ import torch
 from fastmix.train.checkpoint import write_json
 from fastmix.train.config import TrainConfig
 from fastmix.train.logging import progress_bar
-from fastmix.train.trainer import RESULT_FILE, Interrupted, Trainer
+from fastmix.train.trainer import RESULT_FILE, Interrupted, Progress, Trainer
 
 SWEEP_FILE = "sweep.json"
 
@@ -65,9 +65,10 @@ def run_all(
         if workers == 1 or len(pending) == 1:
             for i in pending:
 
-                def on_progress(t_env: int, i: int = i) -> None:
+                def on_progress(t_env: int, i: int = i) -> bool:
                     steps[i] = t_env
                     show()
+                    return False
 
                 results[i] = run_one(runs[i], report, on_progress=on_progress, announce=announce)
         elif pending:
@@ -79,7 +80,7 @@ def run_one(
     run: Run,
     report: Report | None = None,
     *,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Progress | None = None,
     announce: Callable[[str], None] = log.info,
 ) -> dict[str, Any]:
     """Train one run to its end and write its ``result.json``."""
@@ -151,7 +152,7 @@ def _in_processes(
 ) -> dict[int, dict[str, Any]]:
     # Spawned, not forked: forking a process whose torch has started threads can hang.
     context = multiprocessing.get_context("spawn")
-    shared = context.Array("q", steps, lock=False)
+    shared = context.Array("q", [*steps, 0], lock=False)  # environment steps of each run, and whether to stop
     pool = ProcessPoolExecutor(
         min(workers, len(pending)), mp_context=context, initializer=_start_worker, initargs=(shared, os.getpid())
     )
@@ -162,10 +163,11 @@ def _in_processes(
         while waiting:
             done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
             results |= {futures[future]: future.result() for future in done}
-            steps[:] = shared[:]
+            steps[:] = shared[:-1]
             show()
     except KeyboardInterrupt:
-        # The terminal sent the signal to the workers too: each checkpoints and stops.
+        # The terminal sent the signal to the workers too; this reaches the runs that were only about to start.
+        shared[-1] = True
         raise Interrupted("stopped; every run is in its newest checkpoint") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -180,10 +182,11 @@ def _start_worker(shared: Any, parent: int) -> None:
 
 
 def _work(i: int, run: Run, report: Report | None) -> dict[str, Any]:
-    def on_progress(t_env: int) -> None:
+    def on_progress(t_env: int) -> bool:
         if os.getppid() != _worker["parent"]:
             # The sweep was killed. Whoever resumes it must not find a second writer in this folder.
             os._exit(1)
         _worker["shared"][i] = t_env
+        return bool(_worker["shared"][-1])
 
     return run_one(run, report, on_progress=on_progress)

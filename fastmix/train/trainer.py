@@ -39,6 +39,10 @@ log = logging.getLogger(__name__)
 CONFIG_FILE, RESULT_FILE, BEST_FILE, CHECKPOINT_FOLDER = "config.json", "result.json", "best.safetensors", "checkpoints"
 
 
+# Told the environment steps so far; returns whether to stop, as a signal would.
+Progress = Callable[[int], bool]
+
+
 class Interrupted(KeyboardInterrupt):
     """The run was asked to stop (SIGINT, SIGTERM); its state is in the newest checkpoint."""
 
@@ -119,8 +123,7 @@ class Trainer:
 
     The constructor checks every setting and builds everything in memory; it writes nothing. A folder that already holds
     checkpoints of the same config is continued from the newest one; one of another config raises ``ValueError``.
-    ``on_progress`` is called with the environment steps so far after every round, ``announce`` with what a user wants
-    to know before a long run starts.
+    ``on_progress`` is called after every round, ``announce`` with what a user wants to know before a long run starts.
     """
 
     def __init__(
@@ -128,12 +131,12 @@ class Trainer:
         config: TrainConfig,
         folder: Path,
         *,
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: Progress | None = None,
         announce: Callable[[str], None] = log.info,
     ) -> None:
         self.config = config
         self.folder = folder
-        self._on_progress = on_progress or (lambda t_env: None)
+        self._on_progress = on_progress or (lambda t_env: False)
         self._stop = False
         seeds = _seeds(config.seed)
 
@@ -196,11 +199,12 @@ class Trainer:
                     self._round()
                     if self._log_is_due():
                         self._log(logger)
+                    asked = self._on_progress(counters.t_env)
+                    stop = asked or self._stop  # looked at once: a signal may come at any moment
                     due = counters.t_env - counters.last_checkpoint >= config.checkpoint_interval
-                    if due or self._stop:
+                    if due or stop:
                         self._checkpoint(logger)
-                    self._on_progress(counters.t_env)
-                    if self._stop:
+                    if stop:
                         raise Interrupted(f"stopped at {counters.t_env} of {self.t_max} environment steps")
                 if counters.last_test != counters.t_env:
                     self._evaluate(logger)
@@ -293,7 +297,8 @@ class Trainer:
         counters.last_test = counters.t_env
         logger.write(counters.t_env, self._test)
         result = self._test["test_return_mean"]
-        if counters.best_return is None or result > counters.best_return:
+        # A network that has learnt nothing may be lucky; it is nobody's best.
+        if counters.updates and (counters.best_return is None or result > counters.best_return):
             counters.best_return = result
             state = {"algo": self.algo.state_dict(), "t_env": counters.t_env, **self._test}
             checkpoint.save(self.folder / BEST_FILE, state)

@@ -1,4 +1,4 @@
-"""Find the baselines: ``fastmix._baselines`` of an installed wheel, ``benchmarks/baselines`` of a checkout."""
+"""Find the baselines: ``fastmix.baselines`` of an installed wheel, ``benchmarks/baselines`` of a checkout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final
 
-PACKAGE: Final = "fastmix._baselines"
+PACKAGE: Final = "fastmix.baselines"
 
 
 def load(name: str) -> ModuleType:
