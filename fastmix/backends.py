@@ -23,7 +23,7 @@ NAMES: Final = ("reference", "native", "triton")
 # op -> device -> backends, the preferred one first. "native" is the compiled core, "reference" is plain PyTorch and is
 # always possible. Source of the order: the op tables of `fastmix bench ops` (benchmarks/results/).
 TABLE: Final[dict[str, dict[str, tuple[str, ...]]]] = {
-    op: {"cpu": ("native", "reference"), "cuda": ("reference",)}
+    op: {"cpu": ("native", "reference"), "cuda": ("native", "reference") if op == "returns" else ("reference",)}
     for op in ("select", "returns", "recurrent", "monotonic", "td_loss", "optimise")
 }
 
@@ -63,6 +63,16 @@ def core_problem() -> str | None:
     return None
 
 
+@cache
+def cuda_problem() -> str | None:
+    """Why the compiled core has no CUDA kernels, or None when it has; asks for no device."""
+    from fastmix import _core
+
+    if _core.cuda:
+        return None
+    return "the compiled core was built without CUDA; install a CUDA toolkit (nvcc) and reinstall fastmix"
+
+
 def available(op: str, device: str = "cpu") -> tuple[str, ...]:
     """Backends that can run ``op`` on ``device`` here (float32), the preferred one first."""
     return tuple(
@@ -99,7 +109,7 @@ def _obstacle(op: str, name: str, device: str, dtype: torch.dtype) -> str | None
         return f"{op} has no {name!r} backend on device {device!r}"
     if dtype not in NATIVE_DTYPES:
         return f"{op} on {name!r} takes {' or '.join(map(str, NATIVE_DTYPES))}, got {dtype}"
-    return core_problem()
+    return core_problem() or (cuda_problem() if device == "cuda" else None)
 
 
 def _known(name: str, argument: str) -> str:

@@ -50,7 +50,7 @@ def define(
     *,
     setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
     backward: Callable[..., Any] | None = None,
-    device: str = "CPU",
+    devices: Sequence[str] = ("CPU",),
 ) -> NativeOp:
     """Register ``fastmix::name`` and return its callable.
 
@@ -58,12 +58,13 @@ def define(
         name: the op's name inside ``torch.ops.fastmix``.
         schema: its signature without the name, as in ``"(Tensor q, float gamma) -> Tensor"``. Tensors only outside
             lists, since autograd does not look into lists.
-        forward: computes the op on ``device``.
+        forward: computes the op on each of ``devices`` (dispatch keys).
         fake: the same on tensors without data.
         setup_context, backward: as for `torch.library.register_autograd`; None for an op without a gradient.
     """
     _library.define(f"{name}{schema}")
-    _library.impl(name, forward, device)
+    for device in devices:
+        _library.impl(name, forward, device)
     torch.library.register_fake(f"fastmix::{name}", fake, lib=_library)
     functions: tuple[_Function | None, _Function | None] = (None, None)
     if backward is not None and setup_context is not None:

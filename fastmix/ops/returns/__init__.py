@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from fastmix import backends
@@ -32,13 +33,17 @@ def returns(
     With ``Q`` the bootstrap values, ``d`` the terminal flags and ``m`` the mask of live transitions:
 
     * ``"one_step"``: ``y_t = r_t + gamma (1 - d_t) Q_{t+1}``
-    * ``"td_lambda"``: ``y_t = lambda gamma y_{t+1} + m_t (r_t + (1 - lambda) gamma (1 - d_t) Q_{t+1})`` from
-      ``y_T = Q_T (1 - sum_t d_t)``; with greedy bootstraps this is Peng's Q(lambda).
+    * ``"td_lambda"``: ``y_t = lambda gamma z_{t+1} + m_t (r_t + (1 - lambda) gamma (1 - d_t) Q_{t+1})``, where
+      ``z_{t+1}`` is ``y_{t+1}``, or ``(1 - d_t) Q_{t+1}`` where the episode ends; with greedy bootstraps this is Peng's
+      Q(lambda). An episode ends at a terminal, at its last live step and at the last step of the batch. The public
+      trainers know the first and the last of these only, and let an episode that was truncated earlier bootstrap from
+      its padding.
     * ``"q_lambda"``: the same with ``r_t + Q_t - Qb_t`` in place of ``r_t`` (pymarl2's form, not the published
     corrected return).
     * ``"n_step"``: ``n`` discounted live rewards and the bootstrap at the end of the window, or of the episode.
 
-    Values are exact only where the mask is 1; elsewhere they are finite as long as the bootstraps are.
+    Padded steps may hold anything, NaN and inf included: no live target and no gradient of one depends on them. Targets
+    of padded steps are 0 in the lambda forms and of no meaning in the others.
 
     Args:
         rewards: ``[B, T, 1]`` or ``[B, T, *E]``.
@@ -68,16 +73,22 @@ def returns(
     if (behaviour_qs is None) == (kind == "q_lambda"):
         raise ValueError(f"behaviour_qs belongs to kind 'q_lambda' and to no other, got kind {kind!r}")
     _check_tensors(rewards, terminated, mask, target_qs, behaviour_qs)
+    if torch.is_autocast_enabled(target_qs.device.type):
+        rewards, target_qs, behaviour_qs = (_checks.upcast(t) for t in (rewards, target_qs, behaviour_qs))
+    _checks.check_like("rewards", rewards, target_qs, "target_qs")
+    if behaviour_qs is not None:
+        _checks.check_like("behaviour_qs", behaviour_qs, target_qs, "target_qs")
 
     shape = target_qs.shape
     episodes, steps = rewards.shape[:2]
-    qs = target_qs.reshape(episodes, steps + 1, math.prod(shape[2:]))
-    behaviour = None if behaviour_qs is None else behaviour_qs.reshape(qs.shape)
-    terminated, mask = (flag.to(qs.dtype) for flag in (terminated, mask))
-    flat_rewards = rewards.reshape(episodes, steps, math.prod(rewards.shape[2:]))
-    run = native.returns if backends.resolve("returns", qs, backend) == "native" else reference.returns
-    targets = run(flat_rewards, terminated, mask, qs, behaviour, gamma, kind, td_lambda, n_step)
-    return targets.reshape(episodes, steps, *shape[2:])
+    if len(shape) > 3:
+        target_qs = target_qs.reshape(episodes, steps + 1, math.prod(shape[2:]))
+        behaviour_qs = None if behaviour_qs is None else behaviour_qs.reshape(target_qs.shape)
+        rewards = rewards.reshape(episodes, steps, math.prod(rewards.shape[2:]))
+    terminated, mask = terminated.to(target_qs.dtype), mask.to(target_qs.dtype)
+    run = native.returns if backends.resolve("returns", target_qs, backend) == "native" else reference.returns
+    targets = run(rewards, terminated, mask, target_qs, behaviour_qs, gamma, kind, td_lambda, n_step)
+    return targets.reshape(episodes, steps, *shape[2:]) if len(shape) > 3 else targets
 
 
 def _check_tensors(
@@ -95,7 +106,7 @@ def _check_tensors(
     if tuple(rewards.shape) not in ((episodes, steps, 1), (episodes, steps, *trailing)):
         wanted = f"[B, T, 1] = {(episodes, steps, 1)} or [B, T, ...] = {(episodes, steps, *trailing)}"
         raise ValueError(f"rewards must have shape {wanted}, got {tuple(rewards.shape)}")
-    _checks.check_like("rewards", rewards, target_qs, "target_qs")
+    _checks.check_floating("rewards", rewards)
     for name, flag in (("terminated", terminated), ("mask", mask)):
         _checks.check_shape(name, flag, (episodes, steps, 1), "[B, T, 1]")
         if flag.device != target_qs.device:
@@ -103,4 +114,3 @@ def _check_tensors(
     if behaviour_qs is not None:
         _checks.check_tensor("behaviour_qs", behaviour_qs)
         _checks.check_shape("behaviour_qs", behaviour_qs, tuple(target_qs.shape), "of target_qs")
-        _checks.check_like("behaviour_qs", behaviour_qs, target_qs, "target_qs")

@@ -41,18 +41,22 @@ def _forward(
     td_lambda: float,
     n_step: int,
 ) -> Tensor:
-    from fastmix import _core
-
-    rewards, terminated, mask, target_qs = (t.contiguous() for t in (rewards, terminated, mask, target_qs))
+    rewards, terminated, mask, target_qs = (
+        rewards.contiguous(),
+        terminated.contiguous(),
+        mask.contiguous(),
+        target_qs.contiguous(),
+    )
     behaviour_qs = None if behaviour_qs is None else behaviour_qs.contiguous()
     episodes, steps, reward_columns = rewards.shape
     columns = target_qs.shape[2]
-    targets = target_qs.new_empty(episodes, steps, columns)
-    _core.returns_forward(
+    targets = torch.empty((episodes, steps, columns), dtype=target_qs.dtype, device=target_qs.device)
+    _run(
+        "returns_forward",
+        targets,
         rewards.data_ptr(), terminated.data_ptr(), mask.data_ptr(), target_qs.data_ptr(),
         0 if behaviour_qs is None else behaviour_qs.data_ptr(), targets.data_ptr(),
         episodes, steps, columns, reward_columns, gamma, kind, td_lambda, n_step,
-        target_qs.dtype == torch.float64, torch.get_num_threads(),
     )  # fmt: skip
     return targets
 
@@ -68,18 +72,34 @@ def _backward_forward(
     n_step: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rewards, target_qs and behaviour_qs (empty where the kind has none)."""
-    from fastmix import _core
-
-    grad_targets, terminated, mask = (t.contiguous() for t in (grad_targets, terminated, mask))
+    grad_targets, terminated, mask = grad_targets.contiguous(), terminated.contiguous(), mask.contiguous()
     episodes, steps, columns = grad_targets.shape
-    grad_rewards, grad_qs, grad_behaviour = _backward_fake(grad_targets, terminated, mask, reward_columns, gamma, kind)
-    _core.returns_backward(
+    dtype, device = grad_targets.dtype, grad_targets.device
+    grad_rewards = torch.empty((episodes, steps, reward_columns), dtype=dtype, device=device)
+    grad_qs = torch.empty((episodes, steps + 1, columns), dtype=dtype, device=device)
+    behaviour_steps = steps + 1 if kind == _KINDS["q_lambda"] else 0
+    grad_behaviour = torch.empty((episodes, behaviour_steps, columns), dtype=dtype, device=device)
+    _run(
+        "returns_backward",
+        grad_qs,
         grad_targets.data_ptr(), terminated.data_ptr(), mask.data_ptr(),
         grad_rewards.data_ptr(), grad_qs.data_ptr(), grad_behaviour.data_ptr(),
         episodes, steps, columns, reward_columns, gamma, kind, td_lambda, n_step,
-        grad_targets.dtype == torch.float64, torch.get_num_threads(),
     )  # fmt: skip
     return grad_rewards, grad_qs, grad_behaviour
+
+
+def _run(name: str, output: Tensor, *args: float) -> None:
+    """Call the core's function for the output's dtype and device, on torch's threads or its current stream."""
+    from fastmix import _core
+
+    dtype = "float64" if output.dtype is torch.float64 else "float32"
+    if not output.is_cuda:
+        getattr(_core, f"{name}_{dtype}")(*args, torch.get_num_threads())
+        return
+    with torch.cuda.device(output.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        getattr(_core, f"{name}_cuda_{dtype}")(*args, stream)
 
 
 def _backward_fake(
@@ -118,6 +138,7 @@ _returns_backward = _library.define(
     " int n_step) -> (Tensor, Tensor, Tensor)",
     _backward_forward,
     _backward_fake,
+    devices=("CPU", "CUDA"),
 )
 _returns = _library.define(
     "returns",
@@ -127,4 +148,5 @@ _returns = _library.define(
     _fake,
     setup_context=_setup_context,
     backward=_backward,
+    devices=("CPU", "CUDA"),
 )

@@ -31,11 +31,17 @@ def returns(
 
 
 def _lambda(rewards: Tensor, terminated: Tensor, mask: Tensor, qs: Tensor, gamma: float, td_lambda: float) -> Tensor:
-    value = _times(1 - terminated.sum(1), qs[:, -1])
+    bootstraps = _times(1 - terminated, qs[:, 1:])
+    one_step = rewards + (1 - td_lambda) * gamma * bootstraps
+    # The trace stops with its episode, terminated or not, and with the data: there the next state counts in full.
+    goes_on = torch.cat(
+        [(mask[:, 1:] != 0) & (terminated[:, :-1] == 0), torch.zeros_like(mask[:, :1], dtype=torch.bool)], 1
+    )
+    value = torch.zeros_like(qs[:, 0])
     reversed_targets = []
     for t in reversed(range(rewards.shape[1])):
-        one_step = rewards[:, t] + (1 - td_lambda) * gamma * _times(1 - terminated[:, t], qs[:, t + 1])
-        value = td_lambda * gamma * value + _times(mask[:, t], one_step)
+        rest = td_lambda * gamma * torch.where(goes_on[:, t], value, bootstraps[:, t])
+        value = torch.where(mask[:, t] != 0, mask[:, t] * one_step[:, t] + rest, torch.zeros_like(value))
         reversed_targets.append(value)
     return torch.stack(reversed_targets[::-1], 1)
 

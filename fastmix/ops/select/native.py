@@ -55,13 +55,11 @@ def _forward(
 
     shape = agent_qs.shape
     rows = shape[:-2]
-    greedy = torch.empty(shape[:-1], dtype=torch.int64)
     greedy_qs = torch.empty(shape[:-1], dtype=agent_qs.dtype)
-    if actions is not None:
-        chosen, all_greedy = torch.empty(shape[:-1], dtype=agent_qs.dtype), torch.empty(rows, dtype=torch.bool)
-    else:
-        chosen, all_greedy = torch.empty(0, dtype=agent_qs.dtype), torch.empty(0, dtype=torch.bool)
-    target = torch.empty(shape[:-1] if target_qs is not None else 0, dtype=agent_qs.dtype)
+    greedy = torch.empty_like(greedy_qs, dtype=torch.int64)
+    chosen = torch.empty_like(greedy_qs) if actions is not None else torch.empty(0, dtype=agent_qs.dtype)
+    target = torch.empty_like(greedy_qs) if target_qs is not None else torch.empty(0, dtype=agent_qs.dtype)
+    all_greedy = torch.empty(rows if actions is not None else 0, dtype=torch.bool)
 
     many = len(rows) > 2
     qs = _readable(agent_qs, many, "agent_qs")

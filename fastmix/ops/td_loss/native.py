@@ -40,8 +40,8 @@ def _forward(
     from fastmix import _core
 
     shape, dtype = qs.shape, qs.dtype
-    loss, td_error = torch.empty((), dtype=dtype), torch.empty(shape, dtype=dtype)
-    grad = torch.empty(shape if differentiable else 0, dtype=dtype)
+    loss, td_error = torch.empty((), dtype=dtype), torch.empty_like(qs, memory_format=torch.contiguous_format)
+    grad = torch.empty_like(td_error) if differentiable else torch.empty(0, dtype=dtype)
     run = _core.td_loss_forward_float64 if dtype is torch.float64 else _core.td_loss_forward_float32
     run(
         shape, *_operand(qs, shape), *_operand(targets, shape), *_operand(mask, shape),
