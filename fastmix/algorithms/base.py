@@ -14,7 +14,7 @@ from fastmix.algorithms.batch import EpisodeBatch, Scheme
 from fastmix.algorithms.config import AlgorithmConfig
 from fastmix.algorithms.optimiser import Optimiser
 from fastmix.ops import recurrent, select
-from fastmix.ops.recurrent import RecurrentOutput
+from fastmix.ops.recurrent import RecurrentOutput, Stepper
 
 
 class Algorithm(abc.ABC):
@@ -47,6 +47,7 @@ class Algorithm(abc.ABC):
             self.networks[f"target_{name}"] = copy.deepcopy(self.networks[name]).requires_grad_(False)
         self.optimiser = self._make_optimiser()
         self.updates = 0
+        self._stepper: Stepper | None = None  # the acting agent's packed weights
 
     @abc.abstractmethod
     def _build(self) -> dict[str, nn.Module]:
@@ -171,6 +172,7 @@ class Algorithm(abc.ABC):
         for network in self.networks.values():
             network.double()
         self.optimiser = self._make_optimiser()
+        self._stepper = None
         return self
 
     def _make_optimiser(self) -> Optimiser:
@@ -220,6 +222,12 @@ class Algorithm(abc.ABC):
 
     def _utilities(self, obs: Tensor, last_actions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """One acting step: ``[n, A, U]`` and the new hidden state."""
+        agent, c = self.networks["agent"], self.config
+        if isinstance(agent, agents.RNNAgent) and agent.is_recurrent:
+            if self._stepper is None:
+                ids = self.scheme.n_agents if c.obs_agent_id else 0
+                self._stepper = Stepper(agent.params(), self.scheme.obs_dim, ids)
+            return self._stepper(obs, hidden, last_actions if c.obs_last_action else None)
         output = self._unroll(obs.unsqueeze(1), last_actions.unsqueeze(1), "agent", hidden=hidden)[0]
         return output.q.squeeze(1), output.hidden
 
