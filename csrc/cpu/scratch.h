@@ -1,66 +1,56 @@
-// Working memory that a thread keeps between calls: fresh pages from the system cost more than the work done in them.
+// Working memory of one call, taken piece by piece.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <new>
 
+#include "cpu/workspace.h"
+
 namespace fastmix::FASTMIX_ISA {
 
-namespace detail {
-
-struct KeptMemory {
-  char* data = nullptr;
-  int64_t size = 0;
-  ~KeptMemory() { ::operator delete(data, std::align_val_t{64}); }
-};
-
-}  // namespace detail
-
-// The working memory of one call, taken piece by piece by the calling thread. Up to kKept bytes stay with that thread for its next
-// call, and are freed when it ends. One Scratch at a time in a thread.
+// Pieces come out of blocks of the pool of workspace.h, which keeps them between calls: fresh pages from the system would cost more
+// than the work done in them.
 class Scratch {
  public:
-  static constexpr int64_t kKept = int64_t{64} << 20;
-
   Scratch() = default;
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() {
-    while (extra_ != nullptr) {
-      Extra* next = extra_->next;
-      release(extra_);
-      extra_ = next;
-    }
-    if (used_ > kept_.size && used_ <= kKept) {  // once is enough the next time
-      release(kept_.data);
-      kept_.size = 0;
-      kept_.data = static_cast<char*>(::operator new(static_cast<std::size_t>(used_), kAlignment, std::nothrow));
-      if (kept_.data != nullptr) kept_.size = used_;
+    while (newest_ != nullptr) {
+      Header* older = newest_->older;
+      workspace_release(newest_);
+      newest_ = older;
     }
   }
 
   // Uninitialised, aligned to a cache line.
   template <class T>
   T* take(int64_t count) {
-    const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    used_ += bytes;
-    if (used_ <= kept_.size) return reinterpret_cast<T*>(kept_.data + used_ - bytes);
-    char* piece = static_cast<char*>(::operator new(static_cast<std::size_t>(bytes) + sizeof(Extra), kAlignment));
-    extra_ = new (piece) Extra{extra_};
-    return reinterpret_cast<T*>(piece + sizeof(Extra));
+    const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + kLine - 1) / kLine * kLine;
+    if (bytes > left_) {
+      const std::size_t block = bytes > kBlock ? bytes : kBlock;
+      newest_ = new (workspace_acquire(sizeof(Header) + block)) Header{newest_};
+      next_ = reinterpret_cast<char*>(newest_ + 1);
+      left_ = block;
+    }
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += bytes;
+    left_ -= bytes;
+    return piece;
   }
 
  private:
-  static constexpr std::align_val_t kAlignment{64};
+  static constexpr std::size_t kLine = 64;
+  static constexpr std::size_t kBlock = std::size_t{1} << 20;
 
-  struct alignas(64) Extra {
-    Extra* next;
+  struct alignas(kLine) Header {
+    Header* older;
   };
-  static void release(void* p) { ::operator delete(p, kAlignment); }
 
-  static inline thread_local detail::KeptMemory kept_;
-  Extra* extra_ = nullptr;
-  int64_t used_ = 0;
+  Header* newest_ = nullptr;
+  char* next_ = nullptr;
+  std::size_t left_ = 0;
 };
 
 }  // namespace fastmix::FASTMIX_ISA
