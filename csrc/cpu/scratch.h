@@ -16,8 +16,8 @@ struct KeptMemory {
 
 }  // namespace detail
 
-// The working memory of one call, taken piece by piece by the calling thread. Up to kKept bytes stay with that thread for its next
-// call, and are freed when it ends. One Scratch at a time in a thread.
+// The working memory of one call, taken piece by piece by the calling thread. Up to kKept bytes stay with that thread
+// for its next call, and are freed when it ends. One Scratch at a time in a thread.
 class Scratch {
  public:
   static constexpr int64_t kKept = int64_t{64} << 20;
