@@ -10,9 +10,9 @@
 namespace fastmix::bindings {
 namespace {
 
-using Addresses = std::array<Address, 14>;     // of the parameters, in the order of MonotonicWeights
-using Rows = std::array<int64_t, 5>;           // address, and the fields of StridedRows behind it
-using Sizes = std::array<int64_t, 5>;          // rows, agents, embed, hidden, state_dim
+using Addresses = std::array<Address, 14>;  // of the parameters, in the order of MonotonicWeights
+using Rows = std::array<int64_t, 5>;        // address, and the fields of StridedRows behind it
+using Sizes = std::array<int64_t, 5>;       // rows, agents, embed, hidden, state_dim
 
 MonotonicShape shape(const Sizes& sizes, int positivity, double beta, int threads) {
   const auto [rows, agents, embed, hidden, state_dim] = sizes;
@@ -48,8 +48,8 @@ MonotonicWeights<T> weights(const Addresses& a, const MonotonicShape& s) {
 }
 
 template <class T>
-void forward(const MonotonicShape& s, const Rows& agent_qs, const Rows& states, const Addresses& parameters, Address q_tot,
-             Address activations, Address signs) {
+void forward(const MonotonicShape& s, const Rows& agent_qs, const Rows& states, const Addresses& parameters,
+             Address q_tot, Address activations, Address signs) {
   check(states[4] == 1, "states must be dense in their last dimension");
   const MonotonicForward<T> p{s,
                               strided<T>(agent_qs, s.rows, "agent_qs"),
@@ -85,25 +85,28 @@ void backward(const MonotonicShape& s, const Rows& agent_qs, const Rows& states,
 }  // namespace
 
 void register_monotonic(py::module_& m) {
-  m.def("monotonic_saved", [](int64_t agents, int64_t embed, int64_t hidden, bool is_double) {
-    const MonotonicShape s = shape({0, agents, embed, hidden, 1}, 0, 1, 1);
-    return py::make_tuple(kMonotonicRowPadding, monotonic_saved_columns(s),
-                          FASTMIX_DISPATCH(monotonic_sign_bytes, agents, embed, is_double));
-  }, "Multiple to which saved rows are padded, columns of `activations`, bytes of `signs` in a row.");
+  m.def(
+      "monotonic_saved",
+      [](int64_t agents, int64_t embed, int64_t hidden, bool is_double) {
+        const MonotonicShape s = shape({0, agents, embed, hidden, 1}, 0, 1, 1);
+        return py::make_tuple(kMonotonicRowPadding, monotonic_saved_columns(s),
+                              FASTMIX_DISPATCH(monotonic_sign_bytes, agents, embed, is_double));
+      },
+      "Multiple to which saved rows are padded, columns of `activations`, bytes of `signs` in a row.");
   m.def("monotonic_forward",
         [](const Rows& agent_qs, const Rows& states, const Addresses& parameters, Address q_tot, Address activations,
            Address signs, const Sizes& sizes, int positivity, double beta, bool is_double, int threads) {
           const MonotonicShape s = shape(sizes, positivity, beta, threads);
           (is_double ? forward<double> : forward<float>)(s, agent_qs, states, parameters, q_tot, activations, signs);
         });
-  m.def("monotonic_backward",
-        [](const Rows& agent_qs, const Rows& states, const Addresses& parameters, Address grad_q_tot, Address activations,
-           Address signs, Address grad_agent_qs, Address grad_states, const std::optional<Addresses>& gradients,
-           const Sizes& sizes, int positivity, double beta, bool is_double, int threads) {
-          const MonotonicShape s = shape(sizes, positivity, beta, threads);
-          (is_double ? backward<double> : backward<float>)(s, agent_qs, states, parameters, grad_q_tot, activations, signs,
-                                                           grad_agent_qs, grad_states, gradients ? &*gradients : nullptr);
-        });
+  m.def("monotonic_backward", [](const Rows& agent_qs, const Rows& states, const Addresses& parameters,
+                                 Address grad_q_tot, Address activations, Address signs, Address grad_agent_qs,
+                                 Address grad_states, const std::optional<Addresses>& gradients, const Sizes& sizes,
+                                 int positivity, double beta, bool is_double, int threads) {
+    const MonotonicShape s = shape(sizes, positivity, beta, threads);
+    (is_double ? backward<double> : backward<float>)(s, agent_qs, states, parameters, grad_q_tot, activations, signs,
+                                                     grad_agent_qs, grad_states, gradients ? &*gradients : nullptr);
+  });
 }
 
 }  // namespace fastmix::bindings

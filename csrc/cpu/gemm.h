@@ -1,7 +1,7 @@
 // The one inner product of the core: a register tile of rows x columns, summed over k.
 //
-// Every op is made of it. The caller starts the tile (zero, a bias, an earlier sum), calls `multiply`, and finishes it in
-// registers (activation, sign, sum over agents), so that intermediate products never reach memory.
+// Every op is made of it. The caller starts the tile (zero, a bias, an earlier sum), calls `multiply`, and finishes it
+// in registers (activation, sign, sum over agents), so that intermediate products never reach memory.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,8 @@
 
 namespace fastmix::FASTMIX_ISA {
 
-// Tile that fills the registers: 6 x 4 vectors of 32 registers (24 sums, 4 columns of B, broadcasts from memory), or 6 x 2 of 16.
+// Tile that fills the registers: 6 x 4 vectors of 32 registers (24 sums, 4 columns of B, broadcasts from memory), or 6
+// x 2 of 16.
 inline constexpr int kTileRows = 6;
 inline constexpr int kTileVectors = kVectorRegisters >= 32 ? 4 : 2;
 template <class T>
@@ -62,11 +63,11 @@ struct Tile {
   }
 };
 
-// tile[i][:] += sum over k of a[i * a_row + k * a_k] * b[k * b_row + :]. With a_k = 1, A is row-major; with a_row = 1 it is the
-// transpose of a row-major array, which is what weight gradients need.
+// tile[i][:] += sum over k of a[i * a_row + k * a_k] * b[k * b_row + :]. With a_k = 1, A is row-major; with a_row = 1
+// it is the transpose of a row-major array, which is what weight gradients need.
 template <class T, int Rows, int Vectors>
-FASTMIX_INLINE void multiply(Tile<T, Rows, Vectors>& tile, int64_t size, const T* a, int64_t a_row, int64_t a_k, const T* b,
-                             int64_t b_row) {
+FASTMIX_INLINE void multiply(Tile<T, Rows, Vectors>& tile, int64_t size, const T* a, int64_t a_row, int64_t a_k,
+                             const T* b, int64_t b_row) {
   for (int64_t k = 0; k < size; ++k) {
     Vec<T> columns[Vectors];
 #pragma GCC unroll 8
@@ -82,7 +83,8 @@ FASTMIX_INLINE void multiply(Tile<T, Rows, Vectors>& tile, int64_t size, const T
 
 // The same with the rows of A anywhere in memory: tile[i][:] += sum over k of a[i][k] * b[k * b_row + :].
 template <class T, int Rows, int Vectors>
-FASTMIX_INLINE void multiply_rows(Tile<T, Rows, Vectors>& tile, int64_t size, const T* const* a, const T* b, int64_t b_row) {
+FASTMIX_INLINE void multiply_rows(Tile<T, Rows, Vectors>& tile, int64_t size, const T* const* a, const T* b,
+                                  int64_t b_row) {
   const T* row[Rows];
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) row[i] = a[i];
@@ -99,11 +101,11 @@ FASTMIX_INLINE void multiply_rows(Tile<T, Rows, Vectors>& tile, int64_t size, co
   }
 }
 
-// The transpose of such rows: tile[i][:] += sum over k of a[k][first + i] * b[k * b_row + :]. A's columns are narrow, which
-// no hardware prefetcher follows, so the ones `ahead` further on are asked for, at every third k from `phase` on.
+// The transpose of such rows: tile[i][:] += sum over k of a[k][first + i] * b[k * b_row + :]. A's columns are narrow,
+// which no hardware prefetcher follows, so the ones `ahead` further on are asked for, at every third k from `phase` on.
 template <class T, int Rows, int Vectors>
-FASTMIX_INLINE void multiply_columns(Tile<T, Rows, Vectors>& tile, int64_t size, const T* const* a, int64_t first, const T* b,
-                                     int64_t b_row, int64_t ahead, int64_t phase) {
+FASTMIX_INLINE void multiply_columns(Tile<T, Rows, Vectors>& tile, int64_t size, const T* const* a, int64_t first,
+                                     const T* b, int64_t b_row, int64_t ahead, int64_t phase) {
   const auto step = [&](int64_t k) __attribute__((always_inline)) {
     const T* row = a[k] + first;
     Vec<T> columns[Vectors];
@@ -126,7 +128,8 @@ FASTMIX_INLINE void multiply_columns(Tile<T, Rows, Vectors>& tile, int64_t size,
   for (; k < size; ++k) step(k);
 }
 
-// Calls body.template operator()<R>(first_row) over [0, rows) with R = Rows as long as possible and one shorter tile at the end.
+// Calls body.template operator()<R>(first_row) over [0, rows) with R = Rows as long as possible and one shorter tile at
+// the end.
 template <int Rows, class Body>
 FASTMIX_INLINE void for_row_tiles(int64_t rows, const Body& body) {
   int64_t row = 0;
@@ -150,7 +153,8 @@ FASTMIX_INLINE void for_even_row_tiles(int64_t rows, const Body& body) {
   }
 }
 
-// Calls body.template operator()<V>(first_vector) over [0, vectors) with V = Vectors as long as possible and one narrower tile.
+// Calls body.template operator()<V>(first_vector) over [0, vectors) with V = Vectors as long as possible and one
+// narrower tile.
 template <int Vectors, class Body>
 FASTMIX_INLINE void for_vector_tiles(int64_t vectors, const Body& body) {
   for_row_tiles<Vectors>(vectors, body);
@@ -158,8 +162,9 @@ FASTMIX_INLINE void for_vector_tiles(int64_t vectors, const Body& body) {
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// Packs B[k][n] = w[n * n_stride + k * k_stride] into panels of kTileColumns columns, out[panel][k][column], zeros behind n.
-// A torch weight [out, in] packs with n_stride = in, k_stride = 1; used untransposed with n_stride = 1, k_stride = in.
+// Packs B[k][n] = w[n * n_stride + k * k_stride] into panels of kTileColumns columns, out[panel][k][column], zeros
+// behind n. A torch weight [out, in] packs with n_stride = in, k_stride = 1; used untransposed with n_stride = 1,
+// k_stride = in.
 template <class T>
 inline void pack_panels(const T* w, int64_t n, int64_t k, int64_t n_stride, int64_t k_stride, T* out) {
   constexpr int width = kTileColumns<T>;

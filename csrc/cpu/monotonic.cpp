@@ -16,24 +16,26 @@
 //              d relu(x F1) += q_a u_a,    dW1_a += (q_a d_a)^T relu(x F1)
 //              so that the minimal products suffice: the generated weights are not made again.
 //
-// With softplus and the square backward makes w1_a again, which is cheaper than to keep it. Sums over rows are made in two
-// levels: every tile of a weight gradient starts from zero in each block and is added to the thread's sum once.
+// With softplus and the square backward makes w1_a again, which is cheaper than to keep it. Sums over rows are made in
+// two levels: every tile of a weight gradient starts from zero in each block and is added to the thread's sum once.
 namespace fastmix::FASTMIX_ISA {
 namespace {
 
-constexpr int64_t kBlockRows = 96;             // rows of a block: with H = 64 its activations and one agent's weights fit in L1
+constexpr int64_t kBlockRows = 96;  // rows of a block: with H = 64 its activations and one agent's weights fit in L1
 constexpr int64_t kGradRows = 2 * kBlockRows;  // rows of one first-layer weight gradient product
-constexpr int64_t kAhead = 16;                 // columns of x that this product asks for in advance: one cache line of floats
-constexpr int64_t kDotRows = 6;                // up to so many rows, dot products beat packing the weights
-constexpr double kFlopsPerThread = 4e6;        // less work than this is not worth another thread
+constexpr int64_t kAhead = 16;           // columns of x that this product asks for in advance: one cache line of floats
+constexpr int64_t kDotRows = 6;          // up to so many rows, dot products beat packing the weights
+constexpr double kFlopsPerThread = 4e6;  // less work than this is not worth another thread
 constexpr int kMixRows = kVectorRegisters >= 32 ? 12 : 6;  // tile of generated weights: kMixRows x 1 or 2 vectors
 
 static_assert(kMonotonicRowPadding % kMixRows == 0 && kMonotonicRowPadding % kTileRows == 0);
-static_assert(kBlockRows % kMonotonicRowPadding == 0 && kBlockRows % lanes<float> == 0 && kMonotonicColumnPadding % lanes<float> == 0);
+static_assert(kBlockRows % kMonotonicRowPadding == 0 && kBlockRows % lanes<float> == 0 &&
+              kMonotonicColumnPadding % lanes<float> == 0);
 
 constexpr int64_t padded(int64_t columns) { return round_up(columns, kMonotonicColumnPadding); }
 
-// ---- positivity -----------------------------------------------------------------------------------------------------------
+// ---- positivity
+// -----------------------------------------------------------------------------------------------------------
 
 template <class T, Positivity P>
 FASTMIX_INLINE Vec<T> positive(Vec<T> w, T beta) {
@@ -75,17 +77,18 @@ FASTMIX_INLINE void with_mix_vectors(int64_t columns, const Body& body) {
   }
 }
 
-// ---- sizes and packed weights ---------------------------------------------------------------------------------------------
+// ---- sizes and packed weights
+// ---------------------------------------------------------------------------------------------
 
 // Columns of a row of activations: [F1 hidden | F2 hidden | b1 | V hidden | w2], each padded with zeros.
 template <class T>
 struct Sizes {
   int64_t agents, embed, hidden, state;
   bool two_layers;
-  int64_t inner;         // inputs of the layers that generate w1 and w2: H or S
-  int64_t e, h, k;       // embed, hidden, inner, padded
+  int64_t inner;    // inputs of the layers that generate w1 and w2: H or S
+  int64_t e, h, k;  // embed, hidden, inner, padded
   int64_t h1, h2, b1, v, w2;
-  int64_t first;         // columns that the first product makes: all but w2
+  int64_t first;  // columns that the first product makes: all but w2
   int64_t stride;
 
   explicit Sizes(const MonotonicShape& s)
@@ -101,10 +104,14 @@ struct Sizes {
     bool relu;
   };
   Segment segment(int i) const {  // of the first product's columns
-    return i == 0 ? Segment{h1, hidden, true} : i == 1 ? Segment{h2, hidden, true} : i == 2 ? Segment{b1, embed, false} : Segment{v, embed, true};
+    return i == 0   ? Segment{h1, hidden, true}
+           : i == 1 ? Segment{h2, hidden, true}
+           : i == 2 ? Segment{b1, embed, false}
+                    : Segment{v, embed, true};
   }
   double flops_per_row() const {
-    return 2.0 * (static_cast<double>(first) * static_cast<double>(state) + static_cast<double>((agents + 1) * e * inner));
+    return 2.0 *
+           (static_cast<double>(first) * static_cast<double>(state) + static_cast<double>((agents + 1) * e * inner));
   }
 };
 
@@ -128,8 +135,8 @@ template <class T>
 void pack_vector(const T* w, int64_t n, int64_t k, int64_t vectors, int64_t panel, int64_t index, T* out) {
   const int64_t begin = index / panel * panel, width = (vectors - begin < panel ? vectors - begin : panel) * lanes<T>;
   const int64_t column = index * lanes<T>, left = n - column;
-  pack_strip<T>(w + column * k, left < lanes<T> ? left : lanes<T>, k, k, out + begin * lanes<T> * k + (index - begin) * lanes<T>,
-                width);
+  pack_strip<T>(w + column * k, left < lanes<T> ? left : lanes<T>, k, k,
+                out + begin * lanes<T> * k + (index - begin) * lanes<T>, width);
 }
 
 // What generates w1 and w2: per agent [inner][e] in panels, one agent after the other; w2 counts as agent A.
@@ -157,7 +164,8 @@ struct Generators {
   }
 };
 
-// ---- rows -----------------------------------------------------------------------------------------------------------------
+// ---- rows
+// -----------------------------------------------------------------------------------------------------------------
 
 template <class T>
 const T* row_of(const StridedRows<T>& rows, int64_t row) {
@@ -175,7 +183,8 @@ void find_rows(const StridedRows<T>& rows, int64_t first, int64_t count, const T
 
 // agent_qs of a block, transposed to [A][kBlockRows]; zeros behind the last row.
 template <class T>
-__attribute__((noinline)) void gather_qs(const StridedRows<T>& agent_qs, int64_t agents, int64_t first, int64_t count, T* out) {
+__attribute__((noinline)) void gather_qs(const StridedRows<T>& agent_qs, int64_t agents, int64_t first, int64_t count,
+                                         T* out) {
   const T* rows[kBlockRows];
   find_rows(agent_qs, first, count, rows);
   for (int64_t a = 0; a < agents; ++a) {
@@ -187,10 +196,12 @@ __attribute__((noinline)) void gather_qs(const StridedRows<T>& agent_qs, int64_t
 // A copy of x with padded rows and columns, for hypernets of one layer, where x itself feeds the generators.
 template <class T>
 void gather_states(const T* const* x, int64_t count, int64_t rows, const Sizes<T>& z, T* out) {
-  for (int64_t i = 0; i < rows; ++i) copy_padded(i < count ? x[i] : nullptr, i < count ? z.state : 0, out + i * z.k, z.k);
+  for (int64_t i = 0; i < rows; ++i)
+    copy_padded(i < count ? x[i] : nullptr, i < count ? z.state : 0, out + i * z.k, z.k);
 }
 
-// ---- forward --------------------------------------------------------------------------------------------------------------
+// ---- forward
+// --------------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct FirstLayer {
@@ -218,7 +229,8 @@ struct FirstLayer {
       const auto segment = z.segment(i);
       const int64_t size = (i < 2 ? z.h : z.e);
       copy_padded(segment_bias(w, i), segment.size, bias + segment.begin, size);
-      for (int64_t c = 0; c < size; ++c) floor[segment.begin + c] = segment.relu ? T(0) : -static_cast<T>(__builtin_inf());
+      for (int64_t c = 0; c < size; ++c)
+        floor[segment.begin + c] = segment.relu ? T(0) : -static_cast<T>(__builtin_inf());
     }
   }
 
@@ -246,13 +258,13 @@ template <class T>
 LaneBits<T>* signs_at(unsigned char* signs, const Sizes<T>& z, int64_t row, int64_t agent) {
   const int64_t group = row / kMonotonicRowPadding * z.agents + agent;
   return reinterpret_cast<LaneBits<T>*>(signs) +
-         (group * kMonotonicRowPadding + row % kMonotonicRowPadding) * (z.e / lanes<T>) * 2;
+         (group * kMonotonicRowPadding + row % kMonotonicRowPadding) * (z.e / lanes<T>)*2;
 }
 
 // One tile of one agent's generated weights.
 template <class T, int V>
-FASTMIX_INLINE void generate(Tile<T, kMixRows, V>& tile, const Sizes<T>& z, const Generators<T>& generators, int64_t agent,
-                             int64_t column, const T* inputs, int64_t input_stride) {
+FASTMIX_INLINE void generate(Tile<T, kMixRows, V>& tile, const Sizes<T>& z, const Generators<T>& generators,
+                             int64_t agent, int64_t column, const T* inputs, int64_t input_stride) {
   tile.fill_row(generators.bias + agent * z.e + column);
   multiply(tile, z.inner, inputs, input_stride, int64_t{1}, generators.weights + (agent * z.e + column) * z.inner,
            int64_t{V * lanes<T>});
@@ -260,8 +272,9 @@ FASTMIX_INLINE void generate(Tile<T, kMixRows, V>& tile, const Sizes<T>& z, cons
 
 // b1 columns += q_a * positive(w1_a), for all agents of a block whose first row is `first`.
 template <class T, Positivity P>
-__attribute__((noinline)) void mix(const Sizes<T>& z, const Generators<T>& generators, T beta, const T* inputs, int64_t input_stride, const T* qs,
-         int64_t first, int64_t rows, T* activations, unsigned char* signs) {
+__attribute__((noinline)) void mix(const Sizes<T>& z, const Generators<T>& generators, T beta, const T* inputs,
+                                   int64_t input_stride, const T* qs, int64_t first, int64_t rows, T* activations,
+                                   unsigned char* signs) {
   const int64_t vectors = z.e / lanes<T>;
   with_mix_vectors<T>(z.e, [&]<int V>() {
     for (int64_t agent = 0; agent < z.agents; ++agent) {
@@ -301,8 +314,8 @@ __attribute__((noinline)) void mix(const Sizes<T>& z, const Generators<T>& gener
 
 // The w2 columns, before they are made positive.
 template <class T>
-__attribute__((noinline)) void generate_w2(const Sizes<T>& z, const Generators<T>& generators, const T* inputs, int64_t input_stride, int64_t rows,
-                 T* activations) {
+__attribute__((noinline)) void generate_w2(const Sizes<T>& z, const Generators<T>& generators, const T* inputs,
+                                           int64_t input_stride, int64_t rows, T* activations) {
   with_mix_vectors<T>(z.e, [&]<int V>() {
     for (int64_t row = 0; row < rows; row += kMixRows) {
       for (int64_t column = 0; column < z.e; column += V * lanes<T>) {
@@ -327,7 +340,8 @@ FASTMIX_INLINE Vec<T> valid(Vec<T> x, int64_t column, int64_t columns) {
 }
 
 template <class T, Positivity P>
-__attribute__((noinline)) void finish(const Sizes<T>& z, T beta, const T* v_weight, T v_bias, int64_t rows, const T* activations, T* q_tot) {
+__attribute__((noinline)) void finish(const Sizes<T>& z, T beta, const T* v_weight, T v_bias, int64_t rows,
+                                      const T* activations, T* q_tot) {
   for (int64_t row = 0; row < rows; ++row, activations += z.stride) {
     Vec<T> total{};
     for (int64_t c = 0; c < z.e; c += lanes<T>) {
@@ -394,7 +408,8 @@ void forward_blocks(const MonotonicForward<T>& p) {
   });
 }
 
-// ---- forward of a few rows --------------------------------------------------------------------------------------------------
+// ---- forward of a few rows
+// --------------------------------------------------------------------------------------------------
 
 // out[r][n] = bias[n] + w[n] . x[r]: dot products with the weights as they are.
 template <class T>
@@ -479,7 +494,8 @@ void forward(const MonotonicForward<T>& p) {
   }
 }
 
-// ---- backward -------------------------------------------------------------------------------------------------------------
+// ---- backward
+// -------------------------------------------------------------------------------------------------------------
 
 template <class T>
 void zero(T* p, int64_t size) {
@@ -561,7 +577,8 @@ struct PaddedRows {
   const T* rows;
   int64_t stride;
 
-  PaddedRows(Scratch& scratch, const T* weight, int64_t count, int64_t columns) : rows(weight), stride(padded(columns)) {
+  PaddedRows(Scratch& scratch, const T* weight, int64_t count, int64_t columns)
+      : rows(weight), stride(padded(columns)) {
     if (stride == columns || weight == nullptr) return;
     T* copy = scratch.take<T>(count * stride);
     for (int64_t i = 0; i < count; ++i) copy_padded(weight + i * columns, columns, copy + i * stride, stride);
@@ -659,8 +676,8 @@ class Backward {
       }
       if (dinputs1 != nullptr || (p_.grad_agent_qs != nullptr && !again_)) {
         const bool starts = z_.two_layers && agent == 0;  // with one layer w2_input_grad has begun the sum
-        w1_input_grad(agent, b.d, tiled, inputs1, input_stride, qs, dinputs1, dinput_stride, starts, again_ ? nullptr : dqs,
-                      b.parts);
+        w1_input_grad(agent, b.d, tiled, inputs1, input_stride, qs, dinputs1, dinput_stride, starts,
+                      again_ ? nullptr : dqs, b.parts);
       }
       if (p_.wants_weights) {
         generator_weight_grad(b.qd, inputs1, input_stride, rows, grads_[thread].w1 + agent * z_.embed * z_.k);
@@ -683,13 +700,12 @@ class Backward {
     if (p_.grad_states != nullptr) state_grad(dz, b.dx, rows, p_.grad_states + first * z_.state);
   }
 
-  static FASTMIX_INLINE Vec<T> through_relu(Vec<T> output, Vec<T> grad) {
-    return output <= Vec<T>{} ? Vec<T>{} : grad;
-  }
+  static FASTMIX_INLINE Vec<T> through_relu(Vec<T> output, Vec<T> grad) { return output <= Vec<T>{} ? Vec<T>{} : grad; }
 
   // The outer layer: gradients of w2, of the b1 columns and of V's hidden layer.
   template <Positivity P>
-  __attribute__((noinline)) void outer(int64_t first, int64_t rows, int64_t tiled, const T* activations, T* dz, int thread) {
+  __attribute__((noinline)) void outer(int64_t first, int64_t rows, int64_t tiled, const T* activations, T* dz,
+                                       int thread) {
     const Block<T>& b = blocks_[thread];
     const T* grads = p_.grad_q_tot + first;
     for (int64_t c = 0; c < z_.e; c += lanes<T>) {
@@ -708,14 +724,16 @@ class Backward {
       }
       if (p_.wants_weights) store(grads_[thread].v_weight + c, load(grads_[thread].v_weight + c) + v_sum);
     }
-    for (int64_t row = 0; p_.wants_weights && row < rows; ++row) grads_[thread].v_bias += static_cast<double>(grads[row]);
+    for (int64_t row = 0; p_.wants_weights && row < rows; ++row)
+      grads_[thread].v_bias += static_cast<double>(grads[row]);
     zero(b.dw2 + rows * z_.e, (tiled - rows) * z_.e);
     // Behind the last row of all, dz may end with this block's rows; the tiles below read on to the end of theirs.
     zero(dz + rows * z_.first, (tiled - rows) * z_.first);
   }
 
   // dinputs2 = dw2 W2, behind the relu with two layers.
-  __attribute__((noinline)) void w2_input_grad(const T* dw2, int64_t tiled, const T* inputs, int64_t input_stride, T* dinputs, int64_t dinput_stride) const {
+  __attribute__((noinline)) void w2_input_grad(const T* dw2, int64_t tiled, const T* inputs, int64_t input_stride,
+                                               T* dinputs, int64_t dinput_stride) const {
     for_vector_tiles<kTileVectors>(z_.k / lanes<T>, [&]<int V>(int64_t vector) {
       const int64_t column = vector * lanes<T>;
       for (int64_t row = 0; row < tiled; row += kTileRows) {
@@ -738,7 +756,8 @@ class Backward {
   }
 
   // d_a and q_a d_a from the signs that forward kept (none: all positive).
-  __attribute__((noinline)) void apply_signs(int64_t agent, int64_t first, int64_t tiled, const T* qs, const T* dmixed, T* d, T* qd, T* bias_sums) const {
+  __attribute__((noinline)) void apply_signs(int64_t agent, int64_t first, int64_t tiled, const T* qs, const T* dmixed,
+                                             T* d, T* qd, T* bias_sums) const {
     const int64_t vectors = z_.e / lanes<T>;
     const bool has_signs = p_.positivity == Positivity::abs;
     unsigned char* signs = const_cast<unsigned char*>(p_.signs);
@@ -765,8 +784,8 @@ class Backward {
 
   // The same with w1_a made again, and with dq_a, for which w1_a is at hand.
   template <Positivity P>
-  __attribute__((noinline)) void generate_again(int64_t agent, int64_t tiled, const T* inputs, int64_t input_stride, const T* qs, const T* dmixed, T* d,
-                      T* qd, T* dqs) const {
+  __attribute__((noinline)) void generate_again(int64_t agent, int64_t tiled, const T* inputs, int64_t input_stride,
+                                                const T* qs, const T* dmixed, T* d, T* qd, T* dqs) const {
     with_mix_vectors<T>(z_.e, [&]<int V>() {
       for (int64_t row = 0; row < tiled; row += kMixRows) {
         for (int64_t column = 0; column < z_.e; column += V * lanes<T>) {
@@ -792,8 +811,9 @@ class Backward {
   }
 
   // u_a = d_a W1_a^T, dinputs1 (+)= q_a u_a, and dq_a = inputs1 . u_a + d_a . bias_a.
-  __attribute__((noinline)) void w1_input_grad(int64_t agent, const T* d, int64_t tiled, const T* inputs, int64_t input_stride, const T* qs, T* dinputs,
-                     int64_t dinput_stride, bool starts, T* dqs, T* parts) const {
+  __attribute__((noinline)) void w1_input_grad(int64_t agent, const T* d, int64_t tiled, const T* inputs,
+                                               int64_t input_stride, const T* qs, T* dinputs, int64_t dinput_stride,
+                                               bool starts, T* dqs, T* parts) const {
     const T* weights = w1_.rows + agent * z_.embed * w1_.stride;
     const T* bias = generators_.bias + agent * z_.e;
     for_vector_tiles<kTileVectors>(z_.k / lanes<T>, [&]<int V>(int64_t vector) {
@@ -810,7 +830,8 @@ class Backward {
               for (int64_t c = 0; c < z_.e; c += lanes<T>) dq += load(d + (row + i) * z_.e + c) * load(bias + c);
             }
 #pragma GCC unroll 8
-            for (int j = 0; j < V; ++j) dq += load(inputs + (row + i) * input_stride + column + j * lanes<T>) * u.at[i][j];
+            for (int j = 0; j < V; ++j)
+              dq += load(inputs + (row + i) * input_stride + column + j * lanes<T>) * u.at[i][j];
             T* to = parts + (row + i) * lanes<T>;
             store(to, column == 0 ? dq : load(to) + dq);
           }
@@ -838,7 +859,8 @@ class Backward {
   }
 
   // total[embed][k] += (gradients [rows][e])^T inputs
-  __attribute__((noinline)) void generator_weight_grad(const T* grads, const T* inputs, int64_t input_stride, int64_t rows, T* total) const {
+  __attribute__((noinline)) void generator_weight_grad(const T* grads, const T* inputs, int64_t input_stride,
+                                                       int64_t rows, T* total) const {
     for_vector_tiles<kTileVectors>(z_.k / lanes<T>, [&]<int V>(int64_t vector) {
       const int64_t column = vector * lanes<T>;
       for_even_row_tiles<kTileRows>(z_.embed, [&]<int R>(int64_t e) {
@@ -877,7 +899,8 @@ class Backward {
         }
         for (int i = z_.two_layers ? 0 : 2; i < 4; ++i) {
           const auto segment = z_.segment(i);
-          multiply(tile, segment.size, dz + row * z_.first + segment.begin, z_.first, int64_t{1}, first_rows_[i] + column, stride);
+          multiply(tile, segment.size, dz + row * z_.first + segment.begin, z_.first, int64_t{1},
+                   first_rows_[i] + column, stride);
         }
         for (int i = 0; i < R; ++i) {
           for (int j = 0; j < V; ++j) {
@@ -907,7 +930,8 @@ class Backward {
       }
     });
     for (int64_t e = 0; e < z_.embed; ++e) add_up(&Gradients<T>::w2, e * z_.k, z_.inner, out.w2_weight + e * z_.inner);
-    for (int64_t a = 0; a < z_.agents; ++a) add_up(&Gradients<T>::w1_bias, a * z_.e, z_.embed, out.w1_bias + a * z_.embed);
+    for (int64_t a = 0; a < z_.agents; ++a)
+      add_up(&Gradients<T>::w1_bias, a * z_.e, z_.embed, out.w1_bias + a * z_.embed);
     for (int i = z_.two_layers ? 0 : 2; i < 4; ++i) {
       add_up(&Gradients<T>::first_bias, z_.segment(i).begin, z_.segment(i).size, segment_bias(out, i));
     }
@@ -918,7 +942,7 @@ class Backward {
     *out.v_bias = static_cast<T>(v_bias);
   }
 
-  void add_up(T* Gradients<T>::*member, int64_t offset, int64_t size, T* out) const {
+  void add_up(T* Gradients<T>::* member, int64_t offset, int64_t size, T* out) const {
     const T* own = grads_[0].*member + offset;
     if (own == out && threads_ == 1) return;
     for (int64_t i = 0; i < size; ++i) {

@@ -47,7 +47,8 @@ struct VecOf {
   typedef T type __attribute__((vector_size(kVectorBytes)));
 };
 template <class T>
-using Vec = typename VecOf<T>::type;  // lanes<T> numbers; arithmetic, comparison (-> Vec<Int<T>>, all ones or zero) and ?: work
+using Vec =
+    typename VecOf<T>::type;  // lanes<T> numbers; arithmetic, comparison (-> Vec<Int<T>>, all ones or zero) and ?: work
 
 template <class T>
 inline constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(T));

@@ -9,7 +9,8 @@ namespace fastmix {
 
 enum class Positivity { abs = 0, softplus = 1, quadratic = 2, none = 3 };
 
-// A agents, E mixing embed, S state features, H width of the hidden layers of the hypernets of w1 and w2 (0: they have none).
+// A agents, E mixing embed, S state features, H width of the hidden layers of the hypernets of w1 and w2 (0: they have
+// none).
 struct MonotonicShape {
   int64_t rows, agents, embed, hidden, state_dim;
   Positivity positivity;
@@ -24,8 +25,8 @@ struct StridedRows {
   int64_t inner, outer_stride, inner_stride, column_stride;
 };
 
-// The 14 parameters, or with T not const their gradients; dense, shaped as torch.nn.Linear has them. The four hidden ones are
-// null where H = 0.
+// The 14 parameters, or with T not const their gradients; dense, shaped as torch.nn.Linear has them. The four hidden
+// ones are null where H = 0.
 template <class T>
 struct MonotonicWeights {
   T *w1_hidden_weight, *w1_hidden_bias;  // [H, S], [H]
@@ -45,7 +46,8 @@ inline constexpr int64_t kMonotonicColumnPadding = 16;
 constexpr int64_t monotonic_padded(int64_t size, int64_t padding) { return (size + padding - 1) / padding * padding; }
 constexpr int64_t monotonic_saved_rows(int64_t rows) { return monotonic_padded(rows, kMonotonicRowPadding); }
 constexpr int64_t monotonic_saved_columns(const MonotonicShape& s) {
-  return 2 * monotonic_padded(s.hidden, kMonotonicColumnPadding) + 3 * monotonic_padded(s.embed, kMonotonicColumnPadding);
+  return 2 * monotonic_padded(s.hidden, kMonotonicColumnPadding) +
+         3 * monotonic_padded(s.embed, kMonotonicColumnPadding);
 }
 
 template <class T>
@@ -64,8 +66,8 @@ struct MonotonicBackward : MonotonicShape {
   const T* grad_q_tot;  // [rows]
   const T* activations;
   const unsigned char* signs;
-  T* grad_agent_qs;             // [rows, A]; null: not wanted
-  T* grad_states;               // [rows, S]; null: not wanted
+  T* grad_agent_qs;                  // [rows, A]; null: not wanted
+  T* grad_states;                    // [rows, S]; null: not wanted
   MonotonicWeights<T> weight_grads;  // all null: not wanted
   bool wants_weights;
 };

@@ -54,7 +54,7 @@ class Problem:
     def run(self, backend: str = "native", inputs: Sequence[Tensor] | None = None) -> Tensor:
         agent_qs, states, *rest = self.inputs if inputs is None else inputs
         weights = iter(rest)
-        params = MonotonicParams(*(None if p is None else next(weights) for p in self.params))
+        params = MonotonicParams._make(None if p is None else next(weights) for p in self.params)
         return monotonic(agent_qs, states, params, backend=backend, **self.settings)
 
     def exact(self) -> tuple[Tensor, list[Tensor]]:
@@ -64,7 +64,7 @@ class Problem:
 
     def upstream(self) -> Tensor:
         """A gradient of the result that is 0 in rows where some number lies on a kink."""
-        p = MonotonicParams(*(None if t is None else t.detach().double() for t in self.params))
+        p = MonotonicParams._make(None if t is None else t.detach().double() for t in self.params)
         states = self.states.detach().double()
         hidden1 = states if p.w1_hidden_weight is None else F.linear(states, p.w1_hidden_weight, p.w1_hidden_bias)
         hidden2 = states if p.w2_hidden_weight is None else F.linear(states, p.w2_hidden_weight, p.w2_hidden_bias)
@@ -368,13 +368,14 @@ def test_compiles_for_any_number_of_rows() -> None:
         assert torch.equal(*(torch.autograd.grad(r.sum(), q)[0] for r in (result, wanted)))
 
 
-def test_autocast_is_float32() -> None:
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_autocast_is_float32(backend: str) -> None:
     problem = Problem(9, grad=False)
     half = problem.agent_qs.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        result = monotonic(half, problem.states, problem.params, backend="native")
+        result = monotonic(half, problem.states, problem.params, backend=backend)
     assert result.dtype == torch.float32
-    assert torch.equal(result, monotonic(half.float(), problem.states, problem.params, backend="native"))
+    assert torch.equal(result, monotonic(half.float(), problem.states, problem.params, backend=backend))
 
 
 def test_half_precision_runs_on_the_reference() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastmix import backends
@@ -58,7 +59,11 @@ def monotonic(
         raise ValueError(f"beta must be positive and finite, got {beta!r}")
     _check_types(agent_qs, states, params)
     if _checks.autocast_enabled(agent_qs):
-        agent_qs, states, params = _promote(agent_qs, states, params)
+        promoted_qs, promoted_states, *promoted = [_checks.upcast(t) for t in (agent_qs, states, *params)]
+        assert promoted_qs is not None and promoted_states is not None
+        params = MonotonicParams._make(promoted)
+        with torch.autocast(promoted_qs.device.type, enabled=False):
+            return monotonic(promoted_qs, promoted_states, params, positivity=positivity, beta=beta, backend=backend)
     _check_shapes(agent_qs, states, params)
 
     leading = agent_qs.shape[:-1]
@@ -83,11 +88,9 @@ def _check_types(agent_qs: Tensor, states: Tensor, params: MonotonicParams) -> N
         raise TypeError(f"params must be a MonotonicParams, got {type(params).__name__}")
     _checks.check_tensor("agent_qs", agent_qs)
     _checks.check_tensor("states", states)
-    for name, tensor in zip(MonotonicParams._fields, params, strict=True):
-        if tensor is None:
-            if name not in _HIDDEN:
-                raise TypeError(f"params.{name} must be a torch.Tensor, got None")
-        elif not isinstance(tensor, Tensor):
+    tensors: tuple[object, ...] = params
+    for name, tensor in zip(MonotonicParams._fields, tensors, strict=True):
+        if not isinstance(tensor, Tensor) and not (tensor is None and name in _HIDDEN):
             _checks.check_tensor(f"params.{name}", tensor)
     absent = [name for name in _HIDDEN if getattr(params, name) is None]
     if absent and len(absent) < len(_HIDDEN):
@@ -121,8 +124,3 @@ def _check_shapes(agent_qs: Tensor, states: Tensor, params: MonotonicParams) -> 
             _checks.check_like(f"params.{name}", tensor, agent_qs, "agent_qs")
     if E < 1 or H < 1:
         raise ValueError(f"params must have an embed and a hypernet width of at least 1, got {E} and {H}")
-
-
-def _promote(agent_qs: Tensor, states: Tensor, params: MonotonicParams) -> tuple[Tensor, Tensor, MonotonicParams]:
-    agent_qs, states, *rest = (t if t is None else _checks.upcast(t) for t in (agent_qs, states, *params))
-    return agent_qs, states, MonotonicParams._make(rest)

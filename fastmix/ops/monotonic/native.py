@@ -93,10 +93,8 @@ def _unpack(
 
 def _rows(tensor: Tensor) -> tuple[int, int, int, int, int]:
     """Address of ``[B, N, X]`` or ``[N, X]``, and how rows are found behind it: N, strides of B, N and X."""
-    stride = tensor.stride()
-    if len(stride) == 3:
-        return (tensor.data_ptr(), tensor.shape[1], *stride)
-    return (tensor.data_ptr(), tensor.shape[0], 0, *stride)
+    outer, inner, column = tensor.stride() if tensor.dim() == 3 else (0, *tensor.stride())
+    return tensor.data_ptr(), tensor.shape[-2], outer, inner, column
 
 
 @cache
