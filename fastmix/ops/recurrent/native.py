@@ -142,7 +142,8 @@ def _backward_forward(
         obs.data_ptr(), _address(last_actions), hidden is None, [_address(p) for p in network],
         saved.data_ptr(), _address(grad_q), _address(grad_after), _address(grad_states), [_address(g) for g in grads],
         _address(grad_obs), _address(grad_hidden), sizes, obs.stride()[:3],
-        (0, 0, 0) if last_actions is None else last_actions.stride(), obs.dtype == torch.float64, torch.get_num_threads(),
+        (0, 0, 0) if last_actions is None else last_actions.stride(),
+        obs.dtype == torch.float64, torch.get_num_threads(),
     )  # fmt: skip
     return outputs
 
