@@ -166,7 +166,7 @@ def test_padding_reaches_neither_live_targets_nor_gradients(
 ) -> None:
     clean = make(9, 11, (3,))
     live = clean.mask != 0
-    # The state behind the last live step is stored as well, for truncated episodes bootstrap from it; a terminal is not.
+    # The state behind the last live step is stored as well, for truncated episodes bootstrap from it.
     stored = torch.cat([torch.zeros_like(live[:, :1]), live & (clean.terminated == 0)], 1)
     stored[:, :-1] |= live
     spoilt = {
