@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -54,6 +55,10 @@ def autocast_enabled(tensor: Tensor) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)  # which raises for devices that know no autocast
 
 
+@overload
+def upcast(tensor: Tensor) -> Tensor: ...
+@overload
+def upcast(tensor: Tensor | None) -> Tensor | None: ...
 def upcast(tensor: Tensor | None) -> Tensor | None:
     """float32 version of a half-precision tensor: what ops compute in under autocast."""
     if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16):

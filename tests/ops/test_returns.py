@@ -166,7 +166,7 @@ def test_padding_reaches_neither_live_targets_nor_gradients(
 ) -> None:
     clean = make(9, 11, (3,))
     live = clean.mask != 0
-    # The state behind the last live step is stored as well: truncated episodes bootstrap from it. A terminal one is not.
+    # The state behind the last live step is stored as well, for truncated episodes bootstrap from it.
     stored = torch.cat([torch.zeros_like(live[:, :1]), live & (clean.terminated == 0)], 1)
     stored[:, :-1] |= live
     spoilt = {
@@ -335,7 +335,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
     library = folder / "emulation.so"
     subprocess.run(
         [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", f"-I{ROOT / 'csrc'}", "-DFASTMIX_ISA=cuda",
-         f'-DKERNELS="{folder / "returns.cpp"}"', str(Path(__file__).with_name("cuda_emulation.cpp")), "-o", str(library)],
+         f'-DKERNELS="{folder / "returns.cpp"}"', str(Path(__file__).with_name("cuda_emulation.cpp")),
+         "-o", str(library)],
         check=True,
     )  # fmt: skip
     function = ctypes.CDLL(str(library)).run

@@ -17,7 +17,8 @@ from tests.ops.support import ISAS, TOLERANCE, fullgraph, gradients, run_tests_u
 
 DTYPES = (torch.float32, torch.float64)
 AVAIL_DTYPES = (
-    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.float16, torch.float32, torch.float64,
 )  # fmt: skip
 N_ACTIONS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 18, 31, 32, 33, 36, 65)
 
@@ -107,10 +108,9 @@ def test_slices_along_time_are_read_in_place(caplog: pytest.LogCaptureFixture) -
         for part in (slice(None, -1), slice(1, None), slice(None, None, 2)):
             changes = {"avail_actions": problem.avail[:, part], "actions": problem.actions[:, part]}
             assert_parity(problem, agent_qs=problem.qs[:, part], target_qs=problem.target_qs[:, part], **changes)
-        assert_parity(problem, agent_qs=problem.qs.transpose(0, 1), **{
-            name: t.transpose(0, 1)
-            for name, t in {"avail_actions": problem.avail, "actions": problem.actions, "target_qs": problem.target_qs}.items()
-        })  # fmt: skip
+        flipped = [t.transpose(0, 1) for t in (problem.qs, problem.avail, problem.actions, problem.target_qs)]
+        names = ("agent_qs", "avail_actions", "actions", "target_qs")
+        assert_parity(problem, **dict(zip(names, flipped, strict=True)))
     assert "is copied" not in caplog.text
 
 
@@ -252,9 +252,13 @@ def test_half_precision_takes_the_reference_and_autocast_is_float32() -> None:
 
 def test_gradcheck() -> None:
     problem = Problem(2, 3, 2, 5, dtype=torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda qs: (lambda s: (s.greedy_qs, s.chosen_qs))(problem.run("native", agent_qs=qs)), (problem.qs,)
-    )
+
+    def values(qs: Tensor) -> tuple[Tensor, ...]:
+        picked = problem.run("native", agent_qs=qs)
+        assert picked.chosen_qs is not None
+        return picked.greedy_qs, picked.chosen_qs
+
+    assert torch.autograd.gradcheck(values, (problem.qs,))
 
 
 def test_second_derivative_is_refused() -> None:

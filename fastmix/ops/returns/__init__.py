@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Final
 
-import torch
 from torch import Tensor
 
 from fastmix import backends
@@ -73,8 +72,9 @@ def returns(
     if (behaviour_qs is None) == (kind == "q_lambda"):
         raise ValueError(f"behaviour_qs belongs to kind 'q_lambda' and to no other, got kind {kind!r}")
     _check_tensors(rewards, terminated, mask, target_qs, behaviour_qs)
-    if torch.is_autocast_enabled(target_qs.device.type):
-        rewards, target_qs, behaviour_qs = (_checks.upcast(t) for t in (rewards, target_qs, behaviour_qs))
+    if _checks.autocast_enabled(target_qs):
+        rewards, target_qs = _checks.upcast(rewards), _checks.upcast(target_qs)
+        behaviour_qs = _checks.upcast(behaviour_qs)
     _checks.check_like("rewards", rewards, target_qs, "target_qs")
     if behaviour_qs is not None:
         _checks.check_like("behaviour_qs", behaviour_qs, target_qs, "target_qs")

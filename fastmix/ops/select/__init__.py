@@ -28,24 +28,24 @@ def select(
     counts as the highest value. Values of actions that are not available may be anything, NaN and inf included.
 
     Args:
-        agent_qs: ``[..., A, U]``, utilities of ``A`` agents and ``U`` actions; ``...`` are any leading dimensions (rows).
+        agent_qs: ``[..., A, U]``, utilities of ``A`` agents and ``U`` actions; ``...`` are any leading dimensions.
         avail_actions: ``[..., A, U]``, nonzero where an action is available, any dtype; None when all always are.
         actions: ``[..., A]`` int64, the actions taken. Availability is not asked of them.
         target_qs: ``[..., A, U]``, utilities of the target network, to be read at the greedy actions.
-        mask: ``[...]``, nonzero on live rows, any dtype: a live row in which an agent has no available action raises. On
-            CUDA the check waits for the device; under ``torch.compile`` it is made by the native backend only.
+        mask: ``[...]``, nonzero on live rows, any dtype: a live row in which an agent has no available action raises.
+            On CUDA the check waits for the device; under ``torch.compile`` it is made by the native backend only.
         backend: ``None`` for the automatic choice, or a name of `fastmix.backends.NAMES`.
 
     Returns:
         A `Selection`. Where an agent has no available action (padded steps) its action is 0, its values are
-        `UNAVAILABLE` and they have no gradient. Gradients go to ``agent_qs``, from ``greedy_qs`` to the greedy entry and
-        from ``chosen_qs`` to the entry of ``actions``.
+        `UNAVAILABLE` and they have no gradient. Gradients go to ``agent_qs``, from ``greedy_qs`` to the greedy entry
+        and from ``chosen_qs`` to the entry of ``actions``.
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype or device; an action outside [0, U); a live row (named)
             in which an agent has no available action.
 
-    Source: double Q-learning over decentralised agents, Rashid et al. (2018), section 4; ties and constants as in PyMARL.
+    Source: double Q-learning over decentralised agents, Rashid et al. (2018), section 4; constants as in PyMARL.
     """
     _check_tensors(agent_qs, avail_actions, actions, target_qs, mask)
     if _checks.autocast_enabled(agent_qs):

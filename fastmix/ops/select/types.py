@@ -7,11 +7,11 @@ from typing import Final, NamedTuple
 from torch import Tensor
 
 UNAVAILABLE: Final = -9999999.0
-"""Value of an action that is not available, in every greedy value and target (seven nines, as in all public trainers)."""
+"""Value of an action that is not available, in greedy values and targets (seven nines, as in all public trainers)."""
 
 
 class Selection(NamedTuple):
-    """Greedy actions and what was gathered with them; ``...`` are the leading dimensions of ``agent_qs [..., A, U]``."""
+    """Greedy actions and what was gathered with them; ``...`` are the leading dimensions of ``agent_qs``."""
 
     greedy_actions: Tensor
     """``[..., A]`` int64: the available action of highest value, lowest index on ties, 0 where none is available."""

@@ -33,8 +33,8 @@ def td_loss(
         qs: ``[B, T, K]``, joint values (``K = 1``) or one per agent; any strides, slices are not copied.
         targets: ``[B, T, K]`` or ``[B, T, 1]``, constant.
         mask: ``[B, T, K]`` or ``[B, T, 1]``, 1 on live steps; any dtype.
-        weights: constant factors, broadcast to ``[B, T, K]``: a weighting function, or ``[B, 1, 1]`` importance weights.
-            They must be finite on live steps.
+        weights: constant factors, broadcast to ``[B, T, K]``: a weighting function, or ``[B, 1, 1]`` importance
+            weights. They must be finite on live steps.
         residual: ``[B, T, K]``, added to ``qs``.
         scale: factor of the loss.
         normaliser: number or 0-dim tensor in place of the mask's sum over ``[B, T, K]``. Without it a batch that has no
@@ -52,7 +52,8 @@ def td_loss(
     """
     _check_tensors(qs, targets, mask, weights, residual)
     if _checks.autocast_enabled(qs):
-        qs, targets, weights, residual = (_checks.upcast(t) for t in (qs, targets, weights, residual))
+        qs, targets = _checks.upcast(qs), _checks.upcast(targets)
+        weights, residual = _checks.upcast(weights), _checks.upcast(residual)
     for name, tensor in (("targets", targets), ("weights", weights), ("residual", residual)):
         if tensor is not None and tensor.dtype is not qs.dtype:
             _checks.check_like(name, tensor, qs, "qs")
@@ -86,6 +87,7 @@ def _check_tensors(qs: Tensor, targets: Tensor, mask: Tensor, weights: Tensor | 
         if tensor is None and name in ("weights", "residual"):
             continue
         _checks.check_tensor(name, tensor)
+        assert tensor is not None
         if tensor.device != device:
             raise ValueError(f"{name} must be on the device of qs ({device}), got {tensor.device}")
         if tensor.shape == shape or (tensor.shape == column and name != "residual"):
