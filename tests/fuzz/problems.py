@@ -215,7 +215,8 @@ def _network(draw: Draw, inputs: int, width: int, actions: int, trained: bool) -
     def parameter(*shape: int) -> Tensor:
         return draw.tensor(*shape, scale=shape[-1] ** -0.5, grad=trained)
 
-    norm = draw.flag("layer_norm", 0.3)
+    # Over one or two features layer norm gives -1, 0 or 1 whatever comes in: its gradient is nothing but rounding.
+    norm = draw.flag(f"layer_norm of width {width}", 0.3) and width > 2
     return RecurrentParams(
         fc1_weight=parameter(width, inputs),
         fc1_bias=parameter(width),
@@ -247,8 +248,12 @@ def _compare(draw: Draw, inputs: Sequence[Tensor], run: Callable[[str], Any], ma
     expected_grads = _gradients(expected, upstream, leaves)
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert_close(a, e, tolerance, name=f"output {index}", mask=mask)
+    # A gradient whose terms nearly cancel is as exact as the largest one, not as its own size would ask.
+    largest = max((e.abs().max().item() for e in expected_grads if e.numel()), default=0.0)
+    noise = 100 * torch.finfo(draw.dtype).eps * largest
     for index, (a, e) in enumerate(zip(actual_grads, expected_grads, strict=True)):
-        assert_close(a, e, tolerance, name=f"gradient {index} of shape {tuple(e.shape)}")
+        if not torch.allclose(a, e, rtol=0.0, atol=noise):
+            assert_close(a, e, tolerance, name=f"gradient {index} of shape {tuple(e.shape)}")
 
 
 def _tensors(result: Any) -> list[Tensor]:
