@@ -48,7 +48,7 @@ def select(
     Source: double Q-learning over decentralised agents, Rashid et al. (2018), section 4; ties and constants as in PyMARL.
     """
     _check_tensors(agent_qs, avail_actions, actions, target_qs, mask)
-    if torch.is_autocast_enabled(agent_qs.device.type):
+    if _checks.autocast_enabled(agent_qs):
         agent_qs, target_qs = _checks.upcast(agent_qs), _checks.upcast(target_qs)
     if target_qs is not None:
         _checks.check_like("target_qs", target_qs, agent_qs, "agent_qs")

@@ -51,7 +51,7 @@ def td_loss(
     Source: the loss of all PyMARL learners; weights as in Rashid et al. (2020), residual as in ResQ, equation 8.
     """
     _check_tensors(qs, targets, mask, weights, residual)
-    if torch.is_autocast_enabled(qs.device.type):
+    if _checks.autocast_enabled(qs):
         qs, targets, weights, residual = (_checks.upcast(t) for t in (qs, targets, weights, residual))
     for name, tensor in (("targets", targets), ("weights", weights), ("residual", residual)):
         if tensor is not None and tensor.dtype is not qs.dtype:
