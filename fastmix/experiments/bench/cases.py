@@ -168,10 +168,10 @@ def acting(shape: str, rows: int, dtype: torch.dtype = torch.float32) -> Case:
     inputs, hidden = torch.randn(rows, size.n_inputs, dtype=dtype), torch.randn(rows, cell.hidden_dim, dtype=dtype)
     obs, state = inputs.view(1, 1, rows, -1), hidden.view(1, rows, -1)
 
-    step = Stepper(params, size.n_inputs)
+    step, first = Stepper(params, size.n_inputs), obs[0]
 
     def ours() -> tuple[Tensor, Tensor]:
-        return step(obs[0], state)
+        return step(first, state)
 
     def error() -> float:
         expected = ops.recurrent(obs, [params], [state], backend="reference")[0]
