@@ -87,7 +87,7 @@ void forward(const RecurrentShape& s, Address obs, Address last_actions, Address
   };
   check(saved % 64 == 0, "saved must be aligned to 64 bytes");
   py::gil_scoped_release release;
-  FASTMIX_DISPATCH(recurrent_forward, &p, 1, threads);
+  FASTMIX_DISPATCH(recurrent_forward, p, threads);
 }
 
 template <class T>
@@ -112,7 +112,7 @@ void backward(const RecurrentShape& s, Address obs, Address last_actions, bool z
   check((network[6] == 0) == (grads[6] == 0), "layer norm needs gradients exactly where it has weights");
   check(saved % 64 == 0, "saved must be aligned to 64 bytes");
   py::gil_scoped_release release;
-  FASTMIX_DISPATCH(recurrent_backward, &p, 1, threads);
+  FASTMIX_DISPATCH(recurrent_backward, p, threads);
 }
 
 // What forward keeps for backward, as a Python buffer: a tensor made of it holds it, and the last one gives it back.
@@ -159,7 +159,7 @@ class Stepper {
     p.q = pointer<T>(q, n * p.outputs, "q");
     p.last_hidden = pointer<T>(next, n * p.hidden_size, "last_hidden");
     py::gil_scoped_release release;
-    FASTMIX_DISPATCH(recurrent_forward, &p, 1, threads);
+    FASTMIX_DISPATCH(recurrent_forward, p, threads);
   }
 
  private:

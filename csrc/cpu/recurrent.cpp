@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t kBlockRows = 24;  // rows of a block at most: state and gates of one step (30 KB at D = 64) stay in L1
 constexpr int64_t kChunkRows = 192;  // row-steps between two updates of the weight gradients
 constexpr int64_t kInputRows = 96;   // row-steps of the input layer in one go, so that its weights are read rarely
-constexpr int64_t kDepth = 96;       // longest sum in one go where an operand would not fit into L1
+constexpr int64_t kDepth = 128;      // longest sum in one go where an operand would not fit into L1
 constexpr int64_t kFoldRows =
     1536;  // row-steps after which partial sums are folded into the totals: keeps rounding errors down
 constexpr int64_t kSmallRows = 2048;  // up to here one level of sums is enough
@@ -144,6 +144,12 @@ struct Packed {
     b2 = take(outputs);
   }
 };
+
+template <class T>
+int64_t packed_size(const RecurrentShape& s) {
+  const int64_t width = padded<T>(s.hidden_size), outputs = padded<T>(s.outputs);
+  return width * (6 * s.hidden_size + inputs_of(s) + 7) + outputs * (s.hidden_size + 1);
+}
 
 template <class T>
 void pack_weights(const RecurrentShape& s, const RecurrentWeights<const T>& w, T* memory) {
@@ -536,42 +542,17 @@ void walk(const RecurrentForward<T>& p, const Packed<T>& w, const Block& block, 
 }
 
 template <class T>
-void forward(const RecurrentForward<T>* networks, int64_t count, int threads) {
+void forward(const RecurrentForward<T>& p, int threads) {
   threads = threads < 1 ? 1 : threads;
-  int64_t packed = 0, scratch = 0, tasks = 0;
-  for (int64_t n = 0; n < count; ++n) {
-    const RecurrentForward<T>& p = networks[n];
-    if (p.packed == nullptr) packed += round_up(recurrent_packed_size(p, sizeof(T)), 16);
-    scratch = max_of(scratch, forward_scratch<T>(p));
-    tasks += (rows_of(p) + block_rows(rows_of(p)) - 1) / block_rows(rows_of(p));
-  }
-  const Workspace workspace(sizeof(T) * static_cast<size_t>(packed + scratch * threads));
+  const int64_t rows = rows_of(p), size = block_rows(rows), blocks = (rows + size - 1) / size;
+  const int64_t scratch = round_up(forward_scratch<T>(p), 16);
+  const int64_t packed = p.packed == nullptr ? packed_size<T>(p) : 0;
+  const Workspace workspace(sizeof(T) * static_cast<size_t>(scratch * threads + packed));
   T* const memory = static_cast<T*>(workspace.get());
-  T* next = memory + scratch * threads;
-  constexpr int64_t kNetworksAtOnce = 16;
-  const T* weights[kNetworksAtOnce];
-  if (count > kNetworksAtOnce) {  // more than anyone has: in two calls
-    forward(networks, kNetworksAtOnce, threads);
-    forward(networks + kNetworksAtOnce, count - kNetworksAtOnce, threads);
-    return;
-  }
-  for (int64_t n = 0; n < count; ++n) {
-    weights[n] = networks[n].packed;
-    if (weights[n] != nullptr) continue;
-    pack_weights(networks[n], networks[n].weights, next);
-    weights[n] = next;
-    next += round_up(recurrent_packed_size(networks[n], sizeof(T)), 16);
-  }
-  parallel_tasks(tasks, threads, [&](int64_t task, int thread) {
-    for (int64_t n = 0; n < count; ++n) {
-      const RecurrentForward<T>& p = networks[n];
-      const int64_t size = block_rows(rows_of(p)), blocks = (rows_of(p) + size - 1) / size;
-      if (task < blocks) {
-        walk(p, Packed<T>(p, weights[n]), make_block(p, task * size, size), memory + scratch * thread);
-        return;
-      }
-      task -= blocks;
-    }
+  if (p.packed == nullptr) pack_weights(p, p.weights, memory + scratch * threads);
+  const Packed<T> weights(p, p.packed == nullptr ? memory + scratch * threads : p.packed);
+  parallel_tasks(blocks, threads, [&](int64_t block, int thread) {
+    walk(p, weights, make_block(p, block * size, size), memory + scratch * thread);
   });
 }
 
@@ -956,6 +937,7 @@ int64_t tasks_of(const RecurrentShape& s, int threads) {
 
 template <class T>
 void backward(const RecurrentBackward<T>& p, int threads) {
+  threads = threads < 1 ? 1 : threads;
   const int64_t rows = rows_of(p), size = block_rows(rows), blocks = (rows + size - 1) / size;
   const int64_t tasks = tasks_of(p, threads), sums = round_up(Sums<T>::size(p), 16);
   const int64_t packed = round_up(PackedBackward<T>::size(p, p.grad_obs != nullptr), 16);
@@ -985,34 +967,15 @@ void backward(const RecurrentBackward<T>& p, int threads) {
   finish(p, total, sums, totals);
 }
 
-template <class T>
-void backward(const RecurrentBackward<T>* networks, int64_t count, int threads) {
-  for (int64_t n = 0; n < count; ++n) backward(networks[n], threads < 1 ? 1 : threads);
-}
-
-template <class T>
-int64_t packed_size(const RecurrentShape& s) {
-  const int64_t width = padded<T>(s.hidden_size), outputs = padded<T>(s.outputs);
-  return width * (6 * s.hidden_size + inputs_of(s) + 7) + outputs * (s.hidden_size + 1);
-}
-
 }  // namespace
 
 int64_t recurrent_packed_size(const RecurrentShape& s, int64_t element_size) {
   return element_size == sizeof(double) ? packed_size<double>(s) : packed_size<float>(s);
 }
-void recurrent_forward(const RecurrentForward<float>* networks, int64_t count, int threads) {
-  forward(networks, count, threads);
-}
-void recurrent_forward(const RecurrentForward<double>* networks, int64_t count, int threads) {
-  forward(networks, count, threads);
-}
-void recurrent_backward(const RecurrentBackward<float>* networks, int64_t count, int threads) {
-  backward(networks, count, threads);
-}
-void recurrent_backward(const RecurrentBackward<double>* networks, int64_t count, int threads) {
-  backward(networks, count, threads);
-}
+void recurrent_forward(const RecurrentForward<float>& p, int threads) { forward(p, threads); }
+void recurrent_forward(const RecurrentForward<double>& p, int threads) { forward(p, threads); }
+void recurrent_backward(const RecurrentBackward<float>& p, int threads) { backward(p, threads); }
+void recurrent_backward(const RecurrentBackward<double>& p, int threads) { backward(p, threads); }
 void recurrent_pack(const RecurrentShape& s, const RecurrentWeights<const float>& w, float* packed) {
   pack_weights(s, w, packed);
 }

@@ -59,11 +59,11 @@ struct RecurrentBackward : RecurrentShape {
 // How many numbers a packed copy of the weights has; the same for every instruction set.
 FASTMIX_DECLARE(int64_t recurrent_packed_size(const RecurrentShape& s, int64_t element_size))
 
-// Several networks at once share the threads; tasks are blocks of rows of one network.
-FASTMIX_DECLARE(void recurrent_forward(const RecurrentForward<float>* networks, int64_t count, int threads))
-FASTMIX_DECLARE(void recurrent_forward(const RecurrentForward<double>* networks, int64_t count, int threads))
-FASTMIX_DECLARE(void recurrent_backward(const RecurrentBackward<float>* networks, int64_t count, int threads))
-FASTMIX_DECLARE(void recurrent_backward(const RecurrentBackward<double>* networks, int64_t count, int threads))
+// Tasks are blocks of rows.
+FASTMIX_DECLARE(void recurrent_forward(const RecurrentForward<float>& p, int threads))
+FASTMIX_DECLARE(void recurrent_forward(const RecurrentForward<double>& p, int threads))
+FASTMIX_DECLARE(void recurrent_backward(const RecurrentBackward<float>& p, int threads))
+FASTMIX_DECLARE(void recurrent_backward(const RecurrentBackward<double>& p, int threads))
 FASTMIX_DECLARE(void recurrent_pack(const RecurrentShape& s, const RecurrentWeights<const float>& w, float* packed))
 FASTMIX_DECLARE(void recurrent_pack(const RecurrentShape& s, const RecurrentWeights<const double>& w, double* packed))
 

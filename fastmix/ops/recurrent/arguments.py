@@ -53,6 +53,8 @@ def check_arguments(
 
 def check_network(name: str, network: RecurrentParams) -> None:
     """Raise unless the shapes of a network's parameters agree; ``name`` is what messages call it."""
+    if isinstance(network, RecurrentParams) and _agrees(network):
+        return
     if not isinstance(network, RecurrentParams):
         raise TypeError(f"{name} must be a RecurrentParams, got {type(network).__name__}")
     if (network.norm_weight is None) != (network.norm_bias is None):
@@ -83,8 +85,25 @@ def check_network(name: str, network: RecurrentParams) -> None:
 
 def check_dtypes(obs: Tensor, network: RecurrentParams, hidden: Tensor | None, name: str, hidden_name: str) -> None:
     """Raise unless a network and its state have dtype and device of ``obs``."""
+    dtype, device = obs.dtype, obs.device
+    tensors = [t for t in (*network, hidden) if t is not None]
+    if all(t.dtype is dtype for t in tensors) and all(t.device == device for t in tensors):
+        return
     for field, value in zip(network._fields, network, strict=True):
         if value is not None:
             _checks.check_like(f"{name}.{field}", value, obs, "obs")
     if hidden is not None:
         _checks.check_like(hidden_name, hidden, obs, "obs")
+
+
+def _agrees(network: RecurrentParams) -> bool:
+    """Whether all shapes are right: the quick look of every call, before the one that finds words for what is wrong."""
+    if not all(isinstance(p, Tensor) for p in network if p is not None) or network.fc1_weight is None:
+        return False
+    width, outputs = network.fc1_weight.shape[0], network.fc2_bias.shape[0] if network.fc2_bias is not None else 0
+    norm = None if network.norm_weight is None else (width,)
+    gates = (3 * width,)
+    square = (3 * width, width)
+    wanted = [(width,), square, square, gates, gates, norm, norm, (outputs, width), (outputs,)]
+    shapes = [None if p is None else p.shape for p in network[1:]]
+    return width >= 1 and outputs >= 1 and network.fc1_weight.dim() == 2 and shapes == wanted

@@ -154,7 +154,10 @@ def _backward_fake(obs: Tensor, last_actions: Tensor | None, hidden: Tensor | No
     return (
         obs.new_empty(obs.shape if wants_obs else (0,)),
         obs.new_empty((episodes, n_agents, network[0].shape[0]) if wants_hidden else (0,)),
-        *(obs.new_empty((0,) if p is None else p.shape) for p in network),
+        *(
+            obs.new_empty(0) if p is None else torch.empty_like(p, memory_format=torch.contiguous_format)
+            for p in network
+        ),
     )
 
 
