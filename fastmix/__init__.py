@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastmix import agents as agents
-    from fastmix import algorithms as algorithms
+    import fastmix.algorithms as algorithms
     from fastmix import mixers as mixers
     from fastmix import ops as ops
     from fastmix.backends import backend as backend

@@ -59,7 +59,7 @@ def run_all(
         steps = [t_max if i in results else 0 for i in range(len(runs))]
 
         def show() -> None:
-            bar.update(min(sum(steps), bar.total) - bar.n)
+            bar.update(min(sum(steps), t_max * len(runs)) - int(bar.n or 0))
 
         show()
         if workers == 1 or len(pending) == 1:
