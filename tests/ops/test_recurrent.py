@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.float64)
 
 
 class Case(NamedTuple):
-    """One problem; `I = O (+ 4 if actions) (+ A if ids)`."""
+    """One problem; `I = O (+ U if actions) (+ A if ids)`."""
 
     episodes: int = 3
     steps: int = 7
@@ -35,7 +35,6 @@ class Case(NamedTuple):
     start: bool = True
 
 
-N_ACTIONS = 4
 CASES = {
     "plain": Case(actions=False, ids=False, start=False),
     "everything": Case(norm=True),
@@ -65,12 +64,12 @@ class Inputs(NamedTuple):
 
 def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
     g = torch.Generator().manual_seed(seed)
-    inputs = case.obs + (N_ACTIONS if case.actions else 0) + (case.agents if case.ids else 0)
+    inputs = case.obs + (case.outputs if case.actions else 0) + (case.agents if case.ids else 0)
     network = recurrent_params(inputs, case.hidden, case.outputs, layer_norm=case.norm, dtype=dtype, seed=seed)
     rows = (case.episodes, case.steps, case.agents)
     obs = torch.randn(*rows, case.obs, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
     hidden = torch.randn(rows[0], rows[2], case.hidden, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-    actions = torch.randint(-1, N_ACTIONS, rows, generator=g)
+    actions = torch.randint(-1, case.outputs, rows, generator=g)
     return Inputs(obs, network, hidden if case.start else None, actions if case.actions else None)
 
 
@@ -141,7 +140,7 @@ def test_gradients_only_where_wanted(frozen: str) -> None:
 def test_several_networks_some_without_gradient() -> None:
     case = Case()
     inputs = make(case, torch.float32)
-    other = recurrent_params(inputs.network.fc1_weight.shape[1], 31, 3, layer_norm=True, seed=1, requires_grad=False)
+    other = recurrent_params(inputs.network.fc1_weight.shape[1], 31, 10, layer_norm=True, seed=1, requires_grad=False)
     obs = inputs.obs.detach()
     results = {}
     for backend in _BOTH:
@@ -364,10 +363,11 @@ def bad(change: str, inputs: Inputs) -> dict[str, Any]:
         "obs of three dimensions": {"obs": obs[0]},
         "integer obs": {"obs": obs.long()},
         "obs too wide": {"obs": torch.cat([obs] * 3, -1)},
+        "obs too narrow": {"obs": obs[..., 1:]},
         "obs of another dtype": {"obs": obs.double()},
         "last actions of another shape": {"last_actions": actions[:, 1:]},
         "last actions of another dtype": {"last_actions": actions.int()},
-        "last action too large": {"last_actions": torch.full_like(actions, N_ACTIONS)},
+        "last action too large": {"last_actions": torch.full_like(actions, 5)},
         "last action too small": {"last_actions": torch.full_like(actions, -2)},
         "features without last actions": {"last_actions": None},
         "features without agent ids": {"last_actions": None, "agent_ids": False},
@@ -390,17 +390,18 @@ def bad(change: str, inputs: Inputs) -> dict[str, Any]:
         ("obs is a list", "obs must be a torch.Tensor"),
         ("obs of three dimensions", r"obs must have shape \[B, T, A, O\]"),
         ("integer obs", "obs must be a floating-point"),
-        ("obs too wide", r"networks\[0\].fc1_weight must take more than"),
+        ("obs too wide", r"networks\[0\].fc1_weight must take 21 features of obs, 2 agent ids"),
+        ("obs too narrow", r"networks\[0\].fc1_weight must take 6 features of obs"),
         ("obs of another dtype", "must have the dtype of obs"),
         ("last actions of another shape", r"last_actions must have shape \[B, T, A\]"),
         ("last actions of another dtype", "last_actions must be int64"),
-        ("last action too large", r"last_actions must lie in \[-1, 3\], got 4 at \[0, 0, 0\]"),
-        ("last action too small", r"last_actions must lie in \[-1, 3\], got -2"),
+        ("last action too large", r"last_actions must lie in \[-1, 4\], got 5 at \[0, 0, 0\]"),
+        ("last action too small", r"last_actions must lie in \[-1, 4\], got -2"),
         (
             "features without last actions",
-            r"networks\[0\].fc1_weight must take 9 features \(7 of obs and 2 agent ids\)",
+            "exactly where they are given, got 5 features left",
         ),
-        ("features without agent ids", r"networks\[0\].fc1_weight must take 7 features"),
+        ("features without agent ids", "must take 7 features of obs, 0 agent ids, .* 5 outputs, got 14"),
         ("a hidden state too many", "hidden must hold one state"),
         ("hidden of another shape", r"hidden\[0\] must have shape \[B, A, D\]"),
         ("hidden of another dtype", r"hidden\[0\] must have the dtype of obs"),
@@ -507,11 +508,11 @@ def test_stepper_refuses_bad_arguments() -> None:
         ((obs, hidden.double(), actions), "hidden must have the dtype"),
         ((obs, hidden, actions.int()), "last_actions must be int64"),
         ((obs, hidden, None), "last_actions must be given"),
-        ((obs, hidden, actions + N_ACTIONS), "last_actions must lie in"),
+        ((obs, hidden, actions + case.outputs), "last_actions must lie in"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             step(*arguments)
-    with pytest.raises(ValueError, match="at least 100"):
+    with pytest.raises(ValueError, match="must take 100 features of obs"):
         Stepper(inputs.network, 100)
 
 

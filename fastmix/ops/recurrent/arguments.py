@@ -36,19 +36,31 @@ def check_arguments(
             raise ValueError(f"last_actions must be on the device of obs ({obs.device}), got {last_actions.device}")
     for index, (network, state) in enumerate(zip(networks, hidden, strict=True)):
         check_network(f"networks[{index}]", network)
-        inputs, given = network.fc1_weight.shape[1], n_obs + (n_agents if agent_ids else 0)
-        if last_actions is None and inputs != given:
-            parts = f"{n_obs} of obs" + (f" and {n_agents} agent ids" if agent_ids else "")
-            raise ValueError(f"networks[{index}].fc1_weight must take {given} features ({parts}), got {inputs}")
-        if last_actions is not None and inputs <= given:
+        width = action_width(f"networks[{index}]", network, n_obs, n_agents if agent_ids else 0)
+        if (width > 0) != (last_actions is not None):
             raise ValueError(
-                f"networks[{index}].fc1_weight must take more than {given} features, to leave some for last_actions,"
-                f" got {inputs}"
+                f"networks[{index}].fc1_weight must leave room for last_actions beside obs and agent ids exactly where"
+                f" they are given, got {width} features left"
             )
         if state is not None:
             _checks.check_tensor(f"hidden[{index}]", state)
             wanted = (episodes, n_agents, network.fc1_weight.shape[0])
             _checks.check_shape(f"hidden[{index}]", state, wanted, "[B, A, D]")
+
+
+def action_width(name: str, network: RecurrentParams, n_obs: int, n_ids: int) -> int:
+    """What the input layer leaves for the one-hot of the last action: nothing, or as much as there are actions.
+
+    A network may have several outputs an action (central utilities do), so the width has to divide its outputs.
+    """
+    inputs, outputs = network.fc1_weight.shape[1], network.fc2_weight.shape[0]
+    width: int = inputs - n_obs - n_ids
+    if width < 0 or (width > 0 and outputs % width != 0):
+        raise ValueError(
+            f"{name}.fc1_weight must take {n_obs} features of obs, {n_ids} agent ids, and none or one for each of the"
+            f" actions behind its {outputs} outputs, got {inputs} input features"
+        )
+    return width
 
 
 def check_network(name: str, network: RecurrentParams) -> None:

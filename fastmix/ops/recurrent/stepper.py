@@ -43,14 +43,8 @@ class Stepper:
         if any(p.is_inference() for p in self._tensors):
             raise ValueError("params must not be inference tensors: PyTorch does not count their changes")
         self._params, self._obs_size, self._ids = params, obs_size, n_agents
-        self._hidden_size, inputs = params.fc1_weight.shape
-        self._outputs = params.fc2_weight.shape[0]
-        self._actions = inputs - obs_size - n_agents
-        if self._actions < 0:
-            raise ValueError(
-                f"params.fc1_weight must take at least {obs_size + n_agents} features"
-                f" ({obs_size} of obs, {n_agents} agent ids), got {inputs}"
-            )
+        self._hidden_size, self._outputs = params.fc1_weight.shape[0], params.fc2_weight.shape[0]
+        self._actions = arguments.action_width("params", params, obs_size, n_agents)
         self._native = backends.resolve("recurrent", params.fc1_weight) == "native"
         self._core: Any = None
         self._seen: list[int] = []  # versions and addresses of the weights that are packed
