@@ -104,8 +104,8 @@ def plan(A: int, E: int, H: int, S: int, layers: int) -> Sizes:
     """
     EP = next_power(E)
     K = H if layers == 2 else S
-    # 64 inputs of 32 outputs are one 128-byte row of shared memory each, in float32 two; wide embeds take half.
-    BK = min(next_power(K), 64 if EP <= 64 else 32)
+    # A hidden layer of 64 is one block, kept for all agents; where blocks are read again for each, smaller ones are in flight.
+    BK = min(next_power(K), 64 if layers == 2 and EP <= 64 else 32)
     KP = -(-K // BK) * BK
     BS = min(next_power(S), 32)
     SP = -(-S // BS) * BS if layers == 2 else KP
@@ -117,28 +117,29 @@ def forward_launch(rows: int, sizes: Sizes, precision: str, device: torch.device
     """Tiles of `mix_kernel` after a library product.
 
     One wave at 15,360 rows is 120 programs of 128 rows; fewer rows get smaller tiles so that every multiprocessor has
-    one, down to 16. Wide embeds hold more registers a row and get fewer rows.
+    one, down to 16. Three products for one, or blocks of the state in flight, leave registers for half of it.
     """
-    most = 128 if precision != "tf32x3" else 64
+    most = 64 if precision == "tf32x3" or sizes.layers == 1 else 128
     BM = _rows_per_program(rows, most, sizes.EP, device)
-    return Launch(BM, 8 if BM == 128 or sizes.EP > 64 else 4, 2)
+    return Launch(BM, 8 if BM == 128 or sizes.EP > 32 or sizes.layers == 1 else 4, 2)
 
 
 def fused_launch(rows: int, sizes: Sizes, precision: str, device: torch.device) -> Launch:
     """Tiles of `mix_kernel` with the first layer inside, which holds ``2 * KP + 2 * EP`` accumulators a row."""
-    most = 128 if precision != "tf32x3" else 64
-    BM = _rows_per_program(rows, most, sizes.EP, device)
-    return Launch(BM, 8 if BM >= 64 else 4, 3)
+    BM = forward_launch(rows, sizes, precision, device).BM
+    return Launch(BM, 8 if BM >= 64 or sizes.EP > 32 or sizes.layers == 1 else 4, 3)
 
 
 def backward_launch(rows: int, sizes: Sizes, precision: str, device: torch.device) -> Launch:
     """Tiles of `backward_kernel`: beyond 64 rows it spills registers, with ``tf32x3`` beyond 32."""
-    BM = _rows_per_program(rows, 64 if precision != "tf32x3" else 32, sizes.EP, device)
-    return Launch(BM, 8 if BM == 64 or sizes.EP > 64 else 4, 2)
+    BM = _rows_per_program(rows, 32 if precision == "tf32x3" else 64, sizes.EP, device)
+    return Launch(BM, 8 if BM == 64 or sizes.EP > 64 or sizes.layers == 1 else 4, 2)
 
 
 def weight_gradient_launch(sizes: Sizes, precision: str) -> Launch:
-    """Tiles of `weight_gradient_kernel`."""
+    """Tiles of `weight_gradient_kernel`, whose accumulators are ``BK * EP``."""
+    if precision == "tf32x3" and sizes.EP > 128:
+        return Launch(16, 8, 1)
     return Launch(32, 8 if sizes.EP > 32 else 4, 2)
 
 
@@ -382,7 +383,8 @@ def backward_kernel(
         tl.store(part + G - 2 * EP + e, tl.sum(grad_pre, 0))
         tl.store(part + G - EP + e, tl.sum(grad_hv, 0))
         tl.store(part + G + e, tl.sum(grad * relu(hv), 0))
-        tl.store(part + G + EP + tl.arange(0, 1), tl.sum(grad, 0))
+        end = tl.arange(0, 16)
+        tl.store(part + G + EP + end, tl.where(end == 0, tl.sum(tl.reshape(grad, (BM,)), 0), 0.0))
 
     grad_h = tl.zeros((BM, BK), tl.float32)
     q_column = q_ptr + row * stride_q_row
@@ -540,8 +542,8 @@ def pack_kernel(
         values = tl.load(source + r[:, None] * S + column[None, :], mask=inside, other=0.0)
         out = first_ptr + (f + within)[:, None] * SP + column[None, :]
         tl.store(out, operand(values, PRECISION, DTYPE), mask=(column < SP)[None, :])
-        values = tl.load(bias + r, mask=r < size, other=0.0)
-        tl.store(first_bias_ptr + f + within, values, mask=tl.program_id(1) + 0 * within == 0)
+        biases = tl.load(bias + r, mask=r < size, other=0.0)
+        tl.store(first_bias_ptr + f + within, biases, mask=tl.program_id(1) + 0 * within == 0)
 
 
 # ------------------------------------------------------------------------------------------------------------- the host

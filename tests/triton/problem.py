@@ -1,0 +1,84 @@
+"""One problem of `monotonic` and its solution in float64, for the interpreter and for a GPU."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmix.ops.monotonic import MonotonicParams, reference
+from fastmix.testing import assert_close
+from tests.generators import Shape, monotonic_params
+
+
+class Problem(NamedTuple):
+    """Inputs that require gradients, and the gradient of the result."""
+
+    agent_qs: Tensor
+    states: Tensor
+    params: MonotonicParams
+    cotangent: Tensor
+    positivity: str
+    beta: float
+
+    def inputs(self) -> dict[str, Tensor]:
+        named = {"agent_qs": self.agent_qs, "states": self.states}
+        named.update({name: t for name, t in zip(self.params._fields, self.params, strict=True) if t is not None})
+        return named
+
+    def to(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Problem:
+        """A copy with leaves of its own."""
+
+        def copy(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.detach().to(device, dtype).clone().requires_grad_()
+
+        q, s, c = (self.agent_qs, self.states, self.cotangent)
+        return Problem(
+            q.detach().to(device, dtype).clone().requires_grad_(),
+            s.detach().to(device, dtype).clone().requires_grad_(),
+            MonotonicParams(*(copy(p) for p in self.params)),  # type: ignore[arg-type]
+            c.to(device, dtype),
+            self.positivity,
+            self.beta,
+        )
+
+
+def make(
+    A: int, S: int, rows: int, *, E: int = 32, H: int = 64, layers: int = 2, positivity: str = "abs", beta: float = 1.0
+) -> Problem:
+    params = monotonic_params(Shape(A, 5, S, 5), E, H, layers)
+    g = torch.Generator().manual_seed(rows)
+    q, s = (torch.randn(rows, size, generator=g).requires_grad_() for size in (A, S))
+    return Problem(q, s, params, torch.randn(rows, generator=g), positivity, beta)
+
+
+def solve(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
+    """Result and gradients of the reference in float64."""
+    exact = problem.to("cpu", torch.float64)
+    out = reference.monotonic(exact.agent_qs, exact.states, exact.params, exact.positivity, exact.beta)
+    inputs = exact.inputs()
+    grads = torch.autograd.grad(out, list(inputs.values()), exact.cotangent)
+    return out.detach(), dict(zip(inputs, grads, strict=True))
+
+
+def check(problem: Problem, tolerance: float, *, sums: float = 10.0) -> None:
+    """`fastmix.ops.monotonic.triton` with and without gradient; ``sums`` times the tolerance where one entry is a sum.
+
+    The gradients of v_bias and, with an embed of 1, of other vectors are sums over all rows that may cancel.
+    """
+    from fastmix.ops.monotonic import triton as kernels
+
+    expected, expected_grads = solve(problem)
+    q, s, p, cotangent, positivity, beta = problem
+    out = kernels.monotonic(q, s, p, positivity, beta)
+    inputs = problem.inputs()
+    grads = torch.autograd.grad(out, list(inputs.values()), cotangent.to(out.dtype))
+    with torch.no_grad():
+        fused = kernels.monotonic(q, s, p, positivity, beta)
+    assert_close(out, expected, tolerance, name="q_tot")
+    assert_close(fused, expected, tolerance, name="q_tot without gradient")
+    for (name, value), grad in zip(inputs.items(), grads, strict=True):
+        assert grad.shape == value.shape and grad.dtype == value.dtype and grad.device == value.device
+        few = grad.numel() <= 4
+        assert_close(grad, expected_grads[name], tolerance * (sums if few else 1.0), name=f"gradient of {name}")
