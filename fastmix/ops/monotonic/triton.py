@@ -96,8 +96,13 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-@lru_cache(maxsize=256)
 def plan(A: int, E: int, H: int, S: int, layers: int) -> Sizes:
+    """The constants for one network. Sizes that a compiler traces as symbols become numbers; the rows may stay symbols."""
+    return _plan(int(A), int(E), int(H), int(S), layers)
+
+
+@lru_cache(maxsize=256)
+def _plan(A: int, E: int, H: int, S: int, layers: int) -> Sizes:
     """Padded sizes: powers of two where the kernels hold all of an axis, multiples of a block where they walk along it.
 
     ``P`` and the packed weights have the padded sizes with zeros in the padding, so that kernels need no masks there.
@@ -590,6 +595,7 @@ def _forward(
     )
     second, first, first_bias = _unpack(packed, sizes)
     states = _dense_rows(states)
+    w1_bias, w2_bias, v_weight, v_bias = (t.contiguous() for t in (w1_bias, w2_bias, v_weight, v_bias))
     fused = not save and (sizes.layers == 1 or sizes.KP == sizes.BK)
     if fused:
         p = packed  # not read
@@ -645,6 +651,7 @@ def _backward_forward(
     sizes = plan(A, E, hidden or S, S, 2 if hidden else 1)
     second, first, _ = _unpack(packed, sizes)
     states = _dense_rows(states)
+    w1_bias, w2_bias, v_weight = (t.contiguous() for t in (w1_bias, w2_bias, v_weight))
     device, precision = states.device, dot_precision(states.dtype)
     grad_p = states.new_empty(rows, sizes.grad_columns)
     grad_qs = torch.empty_like(agent_qs, memory_format=torch.contiguous_format)

