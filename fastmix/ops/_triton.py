@@ -6,12 +6,15 @@ Imports Triton, so only the ``triton.py`` of an op may import it, and those are 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Final
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRETED: Final = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether kernels run in Triton's interpreter, on CPU tensors; fixed when this module is imported, as in Triton."""
@@ -20,7 +23,7 @@ DISPATCH_KEY: Final = "CPU" if INTERPRETED else "CUDA"
 """Where ops made of Triton kernels are registered."""
 
 PRECISIONS: Final = ("tf32x3", "tf32", "none")
-"""Of products: three tf32 products that together keep float32's digits, one tf32 product, or half-precision operands."""
+"""Of products: three tf32 products that together keep float32's digits, one tf32 product, half-precision operands."""
 
 _EMULATED = tl.constexpr(INTERPRETED)
 
@@ -49,6 +52,16 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@contextmanager
+def launching(tensor: Tensor) -> Iterator[None]:
+    """Kernels inside are launched on the device of ``tensor``, and library products keep the dtype of their factors."""
+    device = tensor.device.type
+    on_device = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    without_autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    with on_device, without_autocast:
+        yield
 
 
 def next_power(size: int, least: int = 16) -> int:

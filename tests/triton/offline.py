@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
-from fastmix.ops.monotonic import POSITIVITIES, MonotonicParams
+from fastmix.ops.monotonic import POSITIVITIES
 from fastmix.ops.monotonic import triton as monotonic
 from tests.generators import Shape, monotonic_params
 
@@ -163,7 +163,10 @@ def _call(case: Case, dtype: torch.dtype) -> None:
     states = torch.empty(case.rows, case.shape.state_dim, dtype=dtype)  # never touched, so it takes no memory
     positivity = POSITIVITIES.index(case.positivity)
     monotonic._forward(agent_qs, states, *p, positivity, 1.0, False)
-    with mock.patch.object(torch, "addmm", _shape_of_product), mock.patch.object(Tensor, "__matmul__", _shape_of_product):
+    with (
+        mock.patch.object(torch, "addmm", _shape_of_product),
+        mock.patch.object(Tensor, "__matmul__", _shape_of_product),
+    ):
         q_tot, saved, packed = monotonic._forward(agent_qs, states, *p, positivity, 1.0, True)
         hidden = 0 if p.w1_hidden_weight is None else p.w1_hidden_weight.shape[0]
         monotonic._backward_forward(
@@ -216,6 +219,14 @@ def _number(pattern: str, text: str) -> str:
     return found.group(1)
 
 
+def _one_line_a_kernel(tables: dict[str, Any]) -> str:
+    blocks = []
+    for version, entries in sorted(tables.items()):
+        lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(entries.items())]
+        blocks.append(f" {json.dumps(version)}: {{\n" + ",\n".join(lines) + "\n }")
+    return "{\n" + ",\n".join(blocks) + "\n}\n"
+
+
 def key(case: Case, precision: str, architecture: int, kernel: str) -> str:
     """Of one kernel in the file."""
     return f"sm_{architecture} | {case} | {precision} | {kernel}"
@@ -260,7 +271,9 @@ def main() -> int:
         tables = json.loads(FILE.read_text()) if FILE.exists() else {}
         tables.setdefault(triton.__version__, {}).update(table)
         lines = [
-            f"{json.dumps(version)}: {{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in entries.items()) + "\n}"
+            f"{json.dumps(version)}: {{\n"
+            + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in entries.items())
+            + "\n}"
             for version, entries in sorted(tables.items())
         ]
         FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -63,7 +63,7 @@ def solve(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def check(problem: Problem, tolerance: float, *, grads: float | None = None) -> None:
-    """`fastmix.ops.monotonic.triton` with and without gradient; ``grads`` is the tolerance of gradients where it differs.
+    """`fastmix.ops.monotonic.triton` with and without gradient; ``grads``: tolerance of gradients where it differs.
 
     Gradients of few entries are sums over all rows that may cancel, and get ten times the tolerance.
     """

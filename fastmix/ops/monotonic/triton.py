@@ -3,16 +3,17 @@
 With a gradient, the hypernets' first layers are one library product into ``P [rows, F]``; `mix_kernel` then does second
 layer, positivity and mix, one block of rows a program, and leaves the mix before its ELU in ``P`` where ``b1`` was.
 Backward generates the weights again: `backward_kernel` writes the gradients of the agents' values and of ``P``,
-`weight_gradient_kernel` those of the second layer as partial sums over fixed pieces of the rows, `add_parts_kernel` adds
-them in a fixed order, and two library products finish the first layer. Generated weights never reach memory, and every
-result is the same from run to run. Without a gradient `mix_kernel` computes the first layer too and ``P`` does not exist.
+`weight_gradient_kernel` those of the second layer as partial sums over fixed pieces of the rows, `add_parts_kernel`
+adds them in a fixed order, and two library products finish the first layer. Generated weights never reach memory, and
+every result is the same from run to run. Without a gradient `mix_kernel` computes the first layer too and there is no
+``P``.
 
 One-layer hypernets have no hidden part: there ``P`` holds ``b1`` and ``V``'s hidden layer only, the kernels read the
 state where they otherwise read a hidden layer, and backward writes the gradient of the generated weights, since what
 remains to be done with it, products with the states and with the weights, is the library's kind of work.
 
 Names: ``A`` agents, ``E`` mixing embed, ``H`` hypernet embed, ``S`` state features, ``K`` inputs of the second layer
-(``H``, or ``S`` with one layer); ``EP``, ``KP``, ``SP`` are those sizes padded, ``BM`` rows and ``BK`` inputs at a time.
+(``H``, or ``S`` with one layer); ``EP``, ``KP``, ``SP`` are those sizes padded, ``BM`` rows and ``BK`` inputs at once.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from fastmix.ops._triton import (
     dot_precision,
     elu,
     elu_slope,
+    launching,
     multiprocessors,
     next_power,
     operand,
@@ -45,9 +47,9 @@ from fastmix.ops.monotonic.types import POSITIVITIES, MonotonicParams
 def monotonic(agent_qs: Tensor, states: Tensor, params: MonotonicParams, positivity: str, beta: float) -> Tensor:
     """See `fastmix.ops.monotonic`; arguments are already checked, ``[N, A]`` and ``[N, S]``, and the result is ``[N]``.
 
-    The dtype of ``states`` is the one of products: float32 (in the precision torch is set to), float16 or bfloat16; under
-    autocast it is autocast's. Sums, the mix and the result are float32; the result outside autocast has the dtype of
-    ``agent_qs``.
+    The dtype of ``states`` is the one of products: float32 (in the precision torch is set to), float16 or bfloat16;
+    under autocast it is autocast's. Sums and the mix are float32, and so is the result under autocast; otherwise it has
+    the dtype of ``agent_qs``.
     """
     device = states.device.type
     if torch.is_autocast_enabled(device):
@@ -97,7 +99,7 @@ class Launch(NamedTuple):
 
 
 def plan(A: int, E: int, H: int, S: int, layers: int) -> Sizes:
-    """The constants for one network. Sizes that a compiler traces as symbols become numbers; the rows may stay symbols."""
+    """The constants for one network. Sizes that a compiler traces as symbols become numbers; rows may stay symbols."""
     return _plan(int(A), int(E), int(H), int(S), layers)
 
 
@@ -109,7 +111,7 @@ def _plan(A: int, E: int, H: int, S: int, layers: int) -> Sizes:
     """
     EP = next_power(E)
     K = H if layers == 2 else S
-    # A hidden layer of 64 is one block, kept for all agents; where blocks are read again for each, smaller ones are in flight.
+    # A hidden layer of 64 is one block, kept for all agents; blocks that are read again for each of them are smaller.
     BK = min(next_power(K), 64 if layers == 2 and EP <= 64 else 32)
     KP = -(-K // BK) * BK
     BS = min(next_power(S), 32)
@@ -246,7 +248,7 @@ def mix_kernel(
     BM: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr,
     LAYERS: tl.constexpr, POSITIVITY: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """``q_tot`` of ``BM`` rows; ``FUSED`` computes the first layer here, otherwise it is read from ``P`` and kept there."""
+    """``q_tot`` of ``BM`` rows; ``FUSED`` computes the first layer here, otherwise ``P`` holds it."""
     DTYPE: tl.constexpr = second_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     live = row < rows
@@ -306,7 +308,7 @@ def mix_kernel(
     v = tl.sum(relu(hv) * v_weight[None, :], 1) + tl.load(v_bias_ptr).to(tl.float32)
 
     q_column = q_ptr + row * stride_q_row
-    for a in range(0, A):
+    for a in range(A):
         z = generate(
             h1, h1_ptr, row, live, stride, second_ptr + a * EP * KP, w1_bias_ptr + a * E,
             E, K, EP, KP, BM, BK, LAYERS, PRECISION, DTYPE,
@@ -393,7 +395,7 @@ def backward_kernel(
 
     grad_h = tl.zeros((BM, BK), tl.float32)
     q_column = q_ptr + row * stride_q_row
-    for a in range(0, A):
+    for a in range(A):
         z = generate(
             h1, h1_ptr, row, live, stride, second_ptr + a * EP * KP, w1_bias_ptr + a * E,
             E, K, EP, KP, BM, BK, LAYERS, PRECISION, DTYPE,
@@ -442,7 +444,7 @@ def weight_gradient_kernel(
     q_column = q_ptr + agent.to(tl.int64) * stride_q_agent
     acc = tl.zeros((BK, EP), tl.float32)
     acc_bias = tl.zeros((EP,), tl.float32)
-    for i in range(0, ROW_BLOCKS):
+    for i in range(ROW_BLOCKS):
         row = (part * ROW_BLOCKS + i).to(tl.int64) * BM + tl.arange(0, BM)
         live = row < rows
         mask = live[:, None]
@@ -467,7 +469,7 @@ def weight_gradient_kernel(
 def add_parts_kernel(
     x_ptr, y_ptr, out_ptr, x_parts, y_parts, X: tl.constexpr, Y: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Sums of ``x [x_parts, X]`` and ``y [y_parts, Y]`` over their parts, side by side, in an order that depends on sizes only."""
+    """Sums of ``x [x_parts, X]`` and ``y [y_parts, Y]`` over their parts, side by side, in an order fixed by the sizes."""
     program = tl.program_id(0)
     X_BLOCKS: tl.constexpr = (X + BLOCK - 1) // BLOCK
     ptr = x_ptr
@@ -504,8 +506,8 @@ def pack_kernel(
 ):  # fmt: skip
     """The weights as operands of products, padded with zeros.
 
-    ``second [(A + 1) * EP, KP]`` is agent after agent, then w2; ``first [F, SP]`` has its rows in the order of the columns
-    of ``P``. A program copies 16 rows, which are always of one and the same parameter.
+    ``second [(A + 1) * EP, KP]`` is agent after agent, then w2; ``first [F, SP]`` has its rows in the order of the
+    columns of ``P``. A program copies 16 rows, which are always of one and the same parameter.
     """
     DTYPE: tl.constexpr = second_ptr.dtype.element_ty
     row = tl.program_id(0) * 16
@@ -554,60 +556,30 @@ def pack_kernel(
 # ------------------------------------------------------------------------------------------------------------- the host
 
 
-def _forward(
-    agent_qs: Tensor,
-    states: Tensor,
-    w1_hidden_weight: Tensor | None,
-    w1_hidden_bias: Tensor | None,
-    w1_weight: Tensor,
-    w1_bias: Tensor,
-    w2_hidden_weight: Tensor | None,
-    w2_hidden_bias: Tensor | None,
-    w2_weight: Tensor,
-    w2_bias: Tensor,
-    b1_weight: Tensor,
-    b1_bias: Tensor,
-    v_hidden_weight: Tensor,
-    v_hidden_bias: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor,
-    positivity: int,
-    beta: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(agent_qs: Tensor, states: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``q_tot [N]`` and, to ``save`` for backward, ``P [N, F]`` and the packed weights (otherwise empty)."""
+    params, (positivity, beta, save) = MonotonicParams(*rest[:14]), rest[14:]
+    with launching(states):
+        return _mix(agent_qs, _dense_rows(states), params, positivity, beta, save)
+
+
+def _mix(
+    agent_qs: Tensor, states: Tensor, params: MonotonicParams, positivity: int, beta: float, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, A = agent_qs.shape
-    sizes = _sizes(A, w1_hidden_weight, b1_weight)
-    q_tot = agent_qs.new_empty(rows)
-    packed = _pack(
-        states,
-        w1_hidden_weight,
-        w1_hidden_bias,
-        w2_hidden_weight,
-        w2_hidden_bias,
-        w1_weight,
-        w2_weight,
-        b1_weight,
-        b1_bias,
-        v_hidden_weight,
-        v_hidden_bias,
-        sizes,
-    )
+    sizes = _sizes(A, params)
+    params = MonotonicParams(*(p if p is None else p.contiguous() for p in params))  # type: ignore[arg-type]
+    packed = _pack(params, states, sizes)
     second, first, first_bias = _unpack(packed, sizes)
-    states = _dense_rows(states)
-    w1_bias, w2_bias, v_weight, v_bias = (t.contiguous() for t in (w1_bias, w2_bias, v_weight, v_bias))
     fused = not save and (sizes.layers == 1 or sizes.KP == sizes.BK)
-    if fused:
-        p = packed  # not read
-    else:
-        with _no_autocast(states):
-            p = torch.addmm(first_bias, states, first[:, : sizes.S].t())
+    p = packed if fused else torch.addmm(first_bias, states, first[:, : sizes.S].t())  # a fused kernel does not read it
+    q_tot = agent_qs.new_empty(rows)
     if rows:
         precision = dot_precision(states.dtype)
         launch = (fused_launch if fused else forward_launch)(rows, sizes, precision, states.device)
         mix_kernel[(triton.cdiv(rows, launch.BM),)](
             agent_qs, states, p, first, first_bias, second,
-            w1_bias, w2_bias, v_weight, v_bias, q_tot,
+            params.w1_bias, params.w2_bias, params.v_weight, params.v_bias, q_tot,
             rows, agent_qs.stride(0), agent_qs.stride(1), states.stride(0), beta,
             A=A, E=sizes.E, K=sizes.K, S=sizes.S,
             EP=sizes.EP, KP=sizes.KP, SP=sizes.SP, F=sizes.columns,
@@ -621,87 +593,40 @@ def _forward(
 
 
 def _forward_fake(agent_qs: Tensor, states: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    sizes = _sizes(agent_qs.shape[1], args[0], args[8])
+    sizes = _sizes(agent_qs.shape[1], MonotonicParams(*args[:14]))
     rows, save = agent_qs.shape[0], args[-1]
     p = states.new_empty((rows, sizes.columns) if save else (0,))
     return agent_qs.new_empty(rows), p, states.new_empty(_packed_size(sizes) if save else 0)
 
 
 def _backward_forward(
-    grad: Tensor,
-    agent_qs: Tensor,
-    states: Tensor,
-    p: Tensor,
-    packed: Tensor,
-    w1_bias: Tensor,
-    w2_bias: Tensor,
-    v_weight: Tensor,
-    hidden: int,
-    positivity: int,
-    beta: float,
-    wants_states: bool,
-    wants_weights: bool,
+    grad: Tensor, agent_qs: Tensor, states: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the agents' values ``[N, A]``, of the states, of all weights that see the state, and `_sums`.
+    """Gradients of the agents' values ``[N, A]``, of the states, of all weights that see the state, and sums over the rows (`_split_gradients`).
 
-    The last three are empty where not wanted. ``hidden`` is ``H``, or 0 with one layer.
+    The last three are empty where not wanted.
     """
-    rows, A = agent_qs.shape
-    E, S = v_weight.shape[1], states.shape[1]
-    sizes = plan(A, E, hidden or S, S, 2 if hidden else 1)
-    second, first, _ = _unpack(packed, sizes)
-    states = _dense_rows(states)
-    w1_bias, w2_bias, v_weight = (t.contiguous() for t in (w1_bias, w2_bias, v_weight))
-    device, precision = states.device, dot_precision(states.dtype)
-    grad_p = states.new_empty(rows, sizes.grad_columns)
-    grad_qs = torch.empty_like(agent_qs, memory_format=torch.contiguous_format)
-    sums = grad.new_empty(_sums_size(sizes) if wants_weights else 0)
-    launch = backward_launch(rows, sizes, precision, device)
-    tiles = triton.cdiv(rows, launch.BM)
-    part_size = _part_size(sizes)
-    parts = grad.new_empty(tiles, part_size)
-    if rows:
-        backward_kernel[(tiles, sizes.KP // sizes.BK if hidden else 1)](
-            agent_qs, states, p, second, w1_bias, w2_bias, v_weight, grad,
-            grad_qs, grad_p, parts,
-            rows, agent_qs.stride(0), agent_qs.stride(1), states.stride(0), grad.stride(0), beta,
-            A=A, E=E, K=sizes.K, EP=sizes.EP, KP=sizes.KP, F=sizes.columns, G=sizes.grad_columns, PART=part_size,
-            BM=launch.BM, BK=sizes.BK, LAYERS=sizes.layers, POSITIVITY=positivity, PRECISION=precision,
-            num_warps=launch.num_warps, num_stages=launch.num_stages,
-        )  # fmt: skip
-    grad_states, grad_first = grad_p.new_empty(0), grad.new_empty(0)
-    with _no_autocast(states):
+    p, packed, w1_bias, w2_bias, v_weight, hidden, positivity, beta, wants_states, wants_weights = rest
+    small = (w1_bias.contiguous(), w2_bias.contiguous(), v_weight.contiguous())
+    sizes = _sizes_from(agent_qs, states, v_weight, hidden)
+    settings = (sizes, positivity, beta)
+    with launching(states):
+        states = _dense_rows(states)
+        grad_qs, grad_p, parts = _rows_gradient(grad, agent_qs, states, p, packed, *small, *settings)
+        grad_states, grad_first, sums = grad_p.new_empty(0), grad.new_empty(0), grad.new_empty(0)
+        if wants_states:
+            # With one layer the packed weights are one matrix, whose rows are the columns of grad_p.
+            weights = packed[packed.numel() - sizes.columns - sizes.grad_columns * sizes.SP :][
+                : sizes.grad_columns * sizes.SP
+            ]
+            grad_states = grad_p @ weights.view(-1, sizes.SP)[:, : sizes.S]
         if wants_weights:
             grad_first = (grad_p.t() @ states).to(grad.dtype)
-        if wants_states:
-            weights = first if hidden else packed[: sizes.grad_columns * sizes.SP].view(-1, sizes.SP)
-            grad_states = grad_p @ weights[:, :S]
-    if wants_weights and not rows:
-        sums.zero_()
-    elif wants_weights:
-        weight_size = _weight_part_size(sizes)
-        weight_parts = parts  # one layer: nothing of the second layer is left to do
-        if hidden:
-            launch = weight_gradient_launch(sizes, precision)
-            programs = (A + 1) * (sizes.KP // sizes.BK)
-            row_blocks = _row_blocks_per_part(rows, launch.BM, programs, device)
-            weight_parts = grad.new_empty(triton.cdiv(rows, launch.BM * row_blocks), weight_size)
-            weight_gradient_kernel[(A + 1, weight_parts.shape[0], sizes.KP // sizes.BK)](
-                agent_qs, p, grad_p, grad, second, w1_bias, w2_bias, weight_parts,
-                rows, agent_qs.stride(0), agent_qs.stride(1), grad.stride(0), beta,
-                A=A, E=E, K=sizes.K, EP=sizes.EP, KP=sizes.KP, F=sizes.columns,
-                BM=launch.BM, BK=sizes.BK, ROW_BLOCKS=row_blocks, POSITIVITY=positivity, PRECISION=precision,
-                num_warps=launch.num_warps, num_stages=launch.num_stages,
-            )  # fmt: skip
-        block = 256
-        add_parts_kernel[(triton.cdiv(part_size, block) + triton.cdiv(weight_size, block),)](
-            parts, weight_parts, sums, tiles, weight_parts.shape[0], X=part_size, Y=weight_size,
-            PARTS=16, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+            sums = _add_parts(parts, _weight_gradient(grad, agent_qs, p, grad_p, packed, *small[:2], *settings))
     return grad_qs, grad_states, grad_first, sums
 
 
-def _backward_fake(
+def _rows_gradient(
     grad: Tensor,
     agent_qs: Tensor,
     states: Tensor,
@@ -710,19 +635,77 @@ def _backward_fake(
     w1_bias: Tensor,
     w2_bias: Tensor,
     v_weight: Tensor,
-    hidden: int,
+    sizes: Sizes,
     positivity: int,
     beta: float,
-    wants_states: bool,
-    wants_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    S = states.shape[1]
-    sizes = plan(agent_qs.shape[1], v_weight.shape[1], hidden or S, S, 2 if hidden else 1)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the agents' values and of ``P``, and sums of the latter over the rows of each program."""
+    rows, precision = agent_qs.shape[0], dot_precision(states.dtype)
+    grad_qs = agent_qs.new_empty(agent_qs.shape)
+    grad_p = states.new_empty(rows, sizes.grad_columns)
+    launch = backward_launch(rows, sizes, precision, states.device)
+    parts = grad.new_empty(triton.cdiv(rows, launch.BM), _part_size(sizes))
+    if rows:
+        blocks = sizes.KP // sizes.BK if sizes.layers == 2 else 1
+        backward_kernel[(parts.shape[0], blocks)](
+            agent_qs, states, p, _unpack(packed, sizes)[0], w1_bias, w2_bias, v_weight, grad,
+            grad_qs, grad_p, parts,
+            rows, agent_qs.stride(0), agent_qs.stride(1), states.stride(0), grad.stride(0), beta,
+            A=sizes.A, E=sizes.E, K=sizes.K, EP=sizes.EP, KP=sizes.KP,
+            F=sizes.columns, G=sizes.grad_columns, PART=parts.shape[1], BM=launch.BM, BK=sizes.BK,
+            LAYERS=sizes.layers, POSITIVITY=positivity, PRECISION=precision,
+            num_warps=launch.num_warps, num_stages=launch.num_stages,
+        )  # fmt: skip
+    return grad_qs, grad_p, parts
+
+
+def _weight_gradient(
+    grad: Tensor,
+    agent_qs: Tensor,
+    p: Tensor,
+    grad_p: Tensor,
+    packed: Tensor,
+    w1_bias: Tensor,
+    w2_bias: Tensor,
+    sizes: Sizes,
+    positivity: int,
+    beta: float,
+) -> Tensor:
+    """Gradients of the second layer's weights and biases over parts of the rows; nothing with one layer."""
+    rows, precision, size = agent_qs.shape[0], dot_precision(p.dtype), _weight_part_size(sizes)
+    if not size or not rows:
+        return grad.new_empty(0, size)
+    launch, blocks = weight_gradient_launch(sizes, precision), sizes.KP // sizes.BK
+    row_blocks = _row_blocks_per_part(rows, launch.BM, (sizes.A + 1) * blocks, p.device)
+    parts = grad.new_empty(triton.cdiv(rows, launch.BM * row_blocks), size)
+    weight_gradient_kernel[(sizes.A + 1, parts.shape[0], blocks)](
+        agent_qs, p, grad_p, grad, _unpack(packed, sizes)[0], w1_bias, w2_bias, parts,
+        rows, agent_qs.stride(0), agent_qs.stride(1), grad.stride(0), beta,
+        A=sizes.A, E=sizes.E, K=sizes.K, EP=sizes.EP, KP=sizes.KP, F=sizes.columns,
+        BM=launch.BM, BK=sizes.BK, ROW_BLOCKS=row_blocks, POSITIVITY=positivity, PRECISION=precision,
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )  # fmt: skip
+    return parts
+
+
+def _add_parts(x: Tensor, y: Tensor) -> Tensor:
+    """Column sums of both, side by side."""
+    X, Y, block = x.shape[1], y.shape[1], 256
+    sums = x.new_empty(X + Y)
+    add_parts_kernel[(triton.cdiv(X, block) + triton.cdiv(Y, block),)](
+        x, y, sums, x.shape[0], y.shape[0], X=X, Y=Y, PARTS=16, BLOCK=block, num_warps=4
+    )
+    return sums
+
+
+def _backward_fake(grad: Tensor, agent_qs: Tensor, states: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, v_weight, hidden, _, _, wants_states, wants_weights = rest
+    sizes = _sizes_from(agent_qs, states, v_weight, hidden)
     return (
-        torch.empty_like(agent_qs, memory_format=torch.contiguous_format),
+        agent_qs.new_empty(agent_qs.shape),
         states.new_empty(states.shape if wants_states else (0,)),
-        grad.new_empty((sizes.grad_columns, S) if wants_weights else (0,)),
-        grad.new_empty(_sums_size(sizes) if wants_weights else 0),
+        grad.new_empty((sizes.grad_columns, sizes.S) if wants_weights else (0,)),
+        grad.new_empty(_part_size(sizes) + _weight_part_size(sizes) if wants_weights else 0),
     )
 
 
@@ -745,9 +728,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     agent_qs, states, *_, v_weight = ctx.saved_tensors
     params: tuple[Tensor | None, ...] = (None,) * 14
     if wants_weights:
-        S = states.shape[1]
-        sizes = plan(agent_qs.shape[1], v_weight.shape[1], ctx.hidden or S, S, 2 if ctx.hidden else 1)
-        params = _split_gradients(grad_first, sums, sizes)
+        params = _split_gradients(grad_first, sums, _sizes_from(agent_qs, states, v_weight, ctx.hidden))
     return (
         grad_qs if needs[0] else None,
         grad_states if needs[1] else None,
@@ -789,23 +770,24 @@ def _split_gradients(grad_first: Tensor, sums: Tensor, sizes: Sizes) -> tuple[Te
     )
 
 
-def _pack(states: Tensor, *args: Any) -> Tensor:
-    """The weights for `_unpack`, in the dtype of ``states``."""
-    sizes: Sizes = args[-1]
-    tensors = [None if t is None else t.contiguous() for t in args[:-1]]
-    packed = states.new_empty(_packed_size(sizes))
+def _pack(params: MonotonicParams, like: Tensor, sizes: Sizes) -> Tensor:
+    """The weights for `_unpack`, in the dtype of ``like``."""
+    packed = like.new_empty(_packed_size(sizes))
     second, first, first_bias = _unpack(packed, sizes)
-    rows, block = second.shape[0] + first.shape[0], min(256, next_power(max(sizes.SP, sizes.KP)))
-    pack_kernel[(rows // 16, triton.cdiv(max(sizes.SP, sizes.KP), block))](
-        *tensors, second, first, first_bias,
+    widest = max(sizes.SP, sizes.KP)
+    block = min(256, next_power(widest))
+    pack_kernel[((second.shape[0] + first.shape[0]) // 16, triton.cdiv(widest, block))](
+        params.w1_hidden_weight, params.w1_hidden_bias, params.w2_hidden_weight, params.w2_hidden_bias,
+        params.w1_weight, params.w2_weight, params.b1_weight, params.b1_bias,
+        params.v_hidden_weight, params.v_hidden_bias, second, first, first_bias,
         A=sizes.A, E=sizes.E, H=sizes.H, K=sizes.K, S=sizes.S, EP=sizes.EP, KP=sizes.KP, SP=sizes.SP,
-        LAYERS=sizes.layers, PRECISION=dot_precision(states.dtype), BLOCK=block, num_warps=4,
+        LAYERS=sizes.layers, PRECISION=dot_precision(like.dtype), BLOCK=block, num_warps=4,
     )  # fmt: skip
     return packed
 
 
 def _unpack(packed: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
-    """Second layer ``[(A + 1) * EP, KP]``, first layer ``[F, SP]``, its bias ``[F]``; with one layer the first two are one."""
+    """Second layer ``[(A + 1) * EP, KP]``, first layer ``[F, SP]`` and its bias ``[F]``."""
     second = (sizes.A + 1) * sizes.EP * sizes.KP
     first = second + sizes.columns * sizes.SP
     return packed[:second].view(-1, sizes.KP), packed[second:first].view(-1, sizes.SP), packed[first:]
@@ -825,24 +807,20 @@ def _weight_part_size(sizes: Sizes) -> int:
     return (sizes.A + 1) * sizes.EP * (sizes.KP + 1) if sizes.layers == 2 else 0
 
 
-def _sums_size(sizes: Sizes) -> int:
-    return _part_size(sizes) + _weight_part_size(sizes)
+def _sizes(A: int, params: MonotonicParams) -> Sizes:
+    E, S = params.b1_weight.shape
+    hidden = params.w1_hidden_weight
+    return plan(A, E, S if hidden is None else hidden.shape[0], S, 1 if hidden is None else 2)
 
 
-def _sizes(A: int, w1_hidden_weight: Tensor | None, b1_weight: Tensor) -> Sizes:
-    E, S = b1_weight.shape
-    if w1_hidden_weight is None:
-        return plan(A, E, S, S, 1)
-    return plan(A, E, w1_hidden_weight.shape[0], S, 2)
+def _sizes_from(agent_qs: Tensor, states: Tensor, v_weight: Tensor, hidden: int) -> Sizes:
+    """The same for backward; ``hidden`` is ``H``, or 0 with one layer."""
+    S = states.shape[1]
+    return plan(agent_qs.shape[1], v_weight.shape[1], hidden or S, S, 2 if hidden else 1)
 
 
 def _dense_rows(states: Tensor) -> Tensor:
     return states if states.stride(1) == 1 else states.contiguous()
-
-
-def _no_autocast(tensor: Tensor) -> Any:
-    """The products of an op have the dtype the op has chosen."""
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 _monotonic_backward = _library.define(

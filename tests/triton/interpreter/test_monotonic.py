@@ -22,7 +22,7 @@ from tests.triton.problem import Problem, check, make, solve
 
 FLOAT32 = 1e-6
 KINKS = 3e-2
-"""Of gradients in lower precision: generated weights and hidden units near zero change sign, and with it their slope."""
+"""Of gradients in lower precision: weights and hidden units near zero change sign, and with it their slope."""
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,7 @@ def test_few_rows(rows: int, layers: int) -> None:
 
 
 def test_one_tf32_product_rounds_its_operands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter multiplies float32, so what remains is the rounding: with truncation the error would be 10 times that."""
+    """The interpreter multiplies float32, so only the rounding remains; truncation would give 10 times the error."""
     problem = make(3, 48, 100)
     expected, _ = solve(problem)
     monkeypatch.setattr(_triton, "_library_precision", lambda: "high")
