@@ -112,7 +112,7 @@ def compile_case(case: Case, precision: str, architecture: int) -> dict[str, Com
             _call(case, dtype)
     finally:
         torch.set_float32_matmul_precision(outer)
-    return {name: _inspect(name, *entry, architecture) for name, entry in kernels.items()}
+    return {name: _inspect(name, kernel, arguments, architecture) for name, (kernel, arguments) in kernels.items()}
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def launches_compile(architecture: int) -> Iterator[dict[str, Any]]:
         return kernel
 
     driver = triton.runtime.driver
-    driver.set_active(_NoDevice(architecture))  # type: ignore[arg-type]
+    driver.set_active(_NoDevice(architecture))
     caches = [kernel.device_caches for kernel in vars(monotonic).values() if isinstance(kernel, triton.JITFunction)]
     for cache in caches:
         cache.clear()  # they are by device number, and the architecture of number 0 changes
@@ -267,7 +267,7 @@ def main() -> int:
                         f"{where:95} BM {c.block:3} {c.warps}w {c.stages}s  {c.registers:3}/{c.spills:<4} "
                         f"{c.shared / 1024:5.0f} KB  {c.tensor} {' '.join(found)}", flush=True,
                     )  # fmt: skip
-    if not arguments.check and not problems and not arguments.case:
+    if not arguments.check and not problems:
         tables = json.loads(FILE.read_text()) if FILE.exists() else {}
         tables.setdefault(triton.__version__, {}).update(table)
         lines = [

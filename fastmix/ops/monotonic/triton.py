@@ -16,6 +16,9 @@ Names: ``A`` agents, ``E`` mixing embed, ``H`` hypernet embed, ``S`` state featu
 (``H``, or ``S`` with one layer); ``EP``, ``KP``, ``SP`` are those sizes padded, ``BM`` rows and ``BK`` inputs at once.
 """
 
+# Kernels are written in Triton's language, which has no type annotations.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from functools import lru_cache
@@ -132,8 +135,13 @@ def forward_launch(rows: int, sizes: Sizes, precision: str, device: torch.device
 
 
 def fused_launch(rows: int, sizes: Sizes, precision: str, device: torch.device) -> Launch:
-    """Tiles of `mix_kernel` with the first layer inside, which holds ``2 * KP + 2 * EP`` accumulators a row."""
+    """Tiles of `mix_kernel` with the first layer inside, which holds ``2 * KP + 2 * EP`` accumulators a row.
+
+    With 32 rows, too few for the wide matrix instructions, these spill; 16 rows are then the better ones.
+    """
     BM = forward_launch(rows, sizes, precision, device).BM
+    if BM == 32 and sizes.layers == 2:
+        BM = 16
     return Launch(BM, 8 if BM >= 64 or sizes.EP > 32 or sizes.layers == 1 else 4, 3)
 
 
@@ -469,7 +477,7 @@ def weight_gradient_kernel(
 def add_parts_kernel(
     x_ptr, y_ptr, out_ptr, x_parts, y_parts, X: tl.constexpr, Y: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Sums of ``x [x_parts, X]`` and ``y [y_parts, Y]`` over their parts, side by side, in an order fixed by the sizes."""
+    """Sums of ``x [x_parts, X]`` and ``y [y_parts, Y]`` over their parts, side by side, in a fixed order."""
     program = tl.program_id(0)
     X_BLOCKS: tl.constexpr = (X + BLOCK - 1) // BLOCK
     ptr = x_ptr
@@ -602,27 +610,29 @@ def _forward_fake(agent_qs: Tensor, states: Tensor, *args: Any) -> tuple[Tensor,
 def _backward_forward(
     grad: Tensor, agent_qs: Tensor, states: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the agents' values ``[N, A]``, of the states, of all weights that see the state, and sums over the rows (`_split_gradients`).
+    """Gradients of agents' values, of states, of all weights that see the state, and sums (see `_split_gradients`).
 
     The last three are empty where not wanted.
     """
     p, packed, w1_bias, w2_bias, v_weight, hidden, positivity, beta, wants_states, wants_weights = rest
-    small = (w1_bias.contiguous(), w2_bias.contiguous(), v_weight.contiguous())
+    w1_bias, w2_bias, v_weight = w1_bias.contiguous(), w2_bias.contiguous(), v_weight.contiguous()
     sizes = _sizes_from(agent_qs, states, v_weight, hidden)
-    settings = (sizes, positivity, beta)
     with launching(states):
         states = _dense_rows(states)
-        grad_qs, grad_p, parts = _rows_gradient(grad, agent_qs, states, p, packed, *small, *settings)
+        grad_qs, grad_p, parts = _rows_gradient(
+            grad, agent_qs, states, p, packed, w1_bias, w2_bias, v_weight, sizes, positivity, beta
+        )
         grad_states, grad_first, sums = grad_p.new_empty(0), grad.new_empty(0), grad.new_empty(0)
         if wants_states:
-            # With one layer the packed weights are one matrix, whose rows are the columns of grad_p.
-            weights = packed[packed.numel() - sizes.columns - sizes.grad_columns * sizes.SP :][
-                : sizes.grad_columns * sizes.SP
-            ]
-            grad_states = grad_p @ weights.view(-1, sizes.SP)[:, : sizes.S]
+            # With one layer first and second are one matrix, whose rows are the columns of grad_p.
+            weights = packed[: -sizes.columns][-sizes.grad_columns * sizes.SP :].view(-1, sizes.SP)
+            grad_states = grad_p @ weights[:, : sizes.S]
         if wants_weights:
             grad_first = (grad_p.t() @ states).to(grad.dtype)
-            sums = _add_parts(parts, _weight_gradient(grad, agent_qs, p, grad_p, packed, *small[:2], *settings))
+            weight_parts = _weight_gradient(
+                grad, agent_qs, p, grad_p, packed, w1_bias, w2_bias, sizes, positivity, beta
+            )
+            sums = _add_parts(parts, weight_parts)
     return grad_qs, grad_states, grad_first, sums
 
 
@@ -698,7 +708,7 @@ def _add_parts(x: Tensor, y: Tensor) -> Tensor:
     return sums
 
 
-def _backward_fake(grad: Tensor, agent_qs: Tensor, states: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _backward_fake(grad: Tensor, agent_qs: Tensor, states: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *_, v_weight, hidden, _, _, wants_states, wants_weights = rest
     sizes = _sizes_from(agent_qs, states, v_weight, hidden)
     return (

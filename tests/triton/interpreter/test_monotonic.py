@@ -49,7 +49,7 @@ def _small_device(monkeypatch: pytest.MonkeyPatch) -> None:
         (2, 20, 17, {"E": 128, "layers": 1}),
     ],
 )
-def test_float64_reference_is_met(A: int, S: int, rows: int, sizes: dict[str, int]) -> None:
+def test_float64_reference_is_met(A: int, S: int, rows: int, sizes: dict[str, Any]) -> None:
     check(make(A, S, rows, **sizes), FLOAT32)
 
 
@@ -221,7 +221,7 @@ def test_operator_is_sound() -> None:
     """Schema, fake implementation, autograd and tracing agree, with and without saving."""
     problem = make(2, 9, 20, E=4, H=5)
     for save in (True, False):
-        args = (*problem[:2], *problem.params, 0, 1.0, save)
+        args: tuple[Any, ...] = (*problem[:2], *problem.params, 0, 1.0, save)
         if not save:
             args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
         torch.library.opcheck(torch.ops.fastmix.monotonic_triton.default, args, rtol=1e-4, atol=1e-5)
