@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import nn
 
@@ -24,7 +25,9 @@ def read_arg(args: Any, name: str, default: Any = _REQUIRED) -> Any:
 
 def flat_size(shape: int | Sequence[int]) -> int:
     """Size of a PyMARL shape field, which is an int or a tuple (`state_shape`, `input_shape`)."""
-    return shape if isinstance(shape, int) else math.prod(int(size) for size in shape)
+    if isinstance(shape, Sequence):
+        return math.prod(operator.index(size) for size in shape)
+    return operator.index(shape)
 
 
 def orthogonal_init_(module: nn.Module, gain: float = 1.0) -> None:
@@ -37,7 +40,7 @@ def orthogonal_init_(module: nn.Module, gain: float = 1.0) -> None:
 
 
 def check_positive(**sizes: int) -> None:
-    """Raise `ValueError` for the first keyword whose value is not a positive int."""
+    """Raise `ValueError` for the first keyword whose value is not a positive integer (NumPy's are fine)."""
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, SupportsIndex) or operator.index(value) < 1:
             raise ValueError(f"{name} must be a positive int, got {value!r}")

@@ -156,6 +156,8 @@ def _openmp_runtimes() -> list[str]:
 
 def _core() -> dict[str, Any]:
     try:
+        import torch  # noqa: F401
+
         from fastmix import backends
     except ImportError as error:
         return {"usable": False, "problem": f"torch cannot be imported ({error})"}
@@ -241,7 +243,7 @@ def _gpu() -> dict[str, Any]:
         "reason": None,
     }
     if built is None:
-        found["reason"] = "this torch is a CPU build"
+        found["reason"] = "this torch is a CPU build" if _installed("torch") else "torch is not installed"
         return found
     try:
         trial = subprocess.run(
@@ -284,7 +286,9 @@ def _problems(core: dict[str, Any], threads: dict[str, Any], gpu: dict[str, Any]
             f"export OMP_NUM_THREADS={max(1, round(allowed))}",
         )
     if len(threads["openmp_runtimes"]) > 1:
-        yield Problem(f"two OpenMP runtimes are loaded: {', '.join(threads['openmp_runtimes'])}", reinstall)
+        runtimes = " and ".join(threads["openmp_runtimes"])
+        fix = "CXX=g++ pip install --force-reinstall --no-deps ."
+        yield Problem(f"torch and the core wait on each other in two OpenMP runtimes, {runtimes}", fix)
     if gpu["driver"] and not gpu["usable"]:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
         fix = "unset CUDA_VISIBLE_DEVICES" if hidden else "nvidia-smi"
@@ -306,7 +310,7 @@ def _problems(core: dict[str, Any], threads: dict[str, Any], gpu: dict[str, Any]
 
 def _environments() -> dict[str, Environment]:
     families: dict[str, tuple[str, Callable[[], Iterator[Problem]]]] = {
-        "matrix": ("one-step matrix games, built in", lambda: iter(())),
+        "matrix": ("one-step matrix games, built in", _matrix),
         "smac": ("StarCraft Multi-Agent Challenge, the real game", _smac),
         "smax": ("SMAC-like battles in JAX (JaxMARL)", _smax),
         "pettingzoo": ("PettingZoo parallel environments, MPE (mpe2)", _pettingzoo),
@@ -318,6 +322,11 @@ def _environments() -> dict[str, Environment]:
 def _has_adapter(family: str) -> bool:
     folder = Path(fastmix.__file__).parent / "envs"
     return (folder / f"{family}.py").is_file() or (folder / family).is_dir()
+
+
+def _matrix() -> Iterator[Problem]:
+    if not _installed("torch"):
+        yield Problem("torch is not installed", "pip install torch")
 
 
 _SMAC_GIT = "git+https://github.com/oxwhirl/smac.git"

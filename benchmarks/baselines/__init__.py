@@ -5,5 +5,5 @@ Python recursions over time), written from the equations. `learner` holds whole 
 in them, `operators` single operators and the matrix products that bound them. Tests hold them to the same numbers as
 fastmix, so that a ratio compares two ways of computing one thing.
 
-The wheel carries this folder as ``fastmix._baselines``; `fastmix.experiments.bench.baselines` finds it in either place.
+The wheel carries this folder as ``fastmix.baselines``; `fastmix.experiments.bench.baselines` finds it in either place.
 """

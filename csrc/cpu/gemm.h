@@ -80,6 +80,52 @@ FASTMIX_INLINE void multiply(Tile<T, Rows, Vectors>& tile, int64_t size, const T
   }
 }
 
+// The same with the rows of A anywhere in memory: tile[i][:] += sum over k of a[i][k] * b[k * b_row + :].
+template <class T, int Rows, int Vectors>
+FASTMIX_INLINE void multiply_rows(Tile<T, Rows, Vectors>& tile, int64_t size, const T* const* a, const T* b, int64_t b_row) {
+  const T* row[Rows];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) row[i] = a[i];
+  for (int64_t k = 0; k < size; ++k) {
+    Vec<T> columns[Vectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < Vectors; ++j) columns[j] = load(b + k * b_row + j * lanes<T>);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const Vec<T> x = splat<T>(row[i][k]);
+#pragma GCC unroll 8
+      for (int j = 0; j < Vectors; ++j) tile.at[i][j] += x * columns[j];
+    }
+  }
+}
+
+// The transpose of such rows: tile[i][:] += sum over k of a[k][first + i] * b[k * b_row + :]. A's columns are narrow, which
+// no hardware prefetcher follows, so the ones `ahead` further on are asked for, at every third k from `phase` on.
+template <class T, int Rows, int Vectors>
+FASTMIX_INLINE void multiply_columns(Tile<T, Rows, Vectors>& tile, int64_t size, const T* const* a, int64_t first, const T* b,
+                                     int64_t b_row, int64_t ahead, int64_t phase) {
+  const auto step = [&](int64_t k) __attribute__((always_inline)) {
+    const T* row = a[k] + first;
+    Vec<T> columns[Vectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < Vectors; ++j) columns[j] = load(b + k * b_row + j * lanes<T>);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const Vec<T> x = splat<T>(row[i]);
+#pragma GCC unroll 8
+      for (int j = 0; j < Vectors; ++j) tile.at[i][j] += x * columns[j];
+    }
+  };
+  int64_t k = 0;
+  for (; k + 3 <= size; k += 3) {
+    __builtin_prefetch(a[k + phase] + first + ahead);
+    step(k);
+    step(k + 1);
+    step(k + 2);
+  }
+  for (; k < size; ++k) step(k);
+}
+
 // Calls body.template operator()<R>(first_row) over [0, rows) with R = Rows as long as possible and one shorter tile at the end.
 template <int Rows, class Body>
 FASTMIX_INLINE void for_row_tiles(int64_t rows, const Body& body) {
@@ -89,6 +135,25 @@ FASTMIX_INLINE void for_row_tiles(int64_t rows, const Body& body) {
   [&]<int... R>(std::integer_sequence<int, R...>) {
     ((rest == R + 1 ? body.template operator()<R + 1>(row) : void()), ...);
   }(std::make_integer_sequence<int, Rows - 1>{});
+}
+
+// The same with tiles of nearly equal length: 32 rows as 6 + 6 + 5 + 5 + 5 + 5, not 6 + 6 + 6 + 6 + 6 + 2.
+template <int Rows, class Body>
+FASTMIX_INLINE void for_even_row_tiles(int64_t rows, const Body& body) {
+  const int64_t tiles = (rows + Rows - 1) / Rows;
+  for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
+    const int length = static_cast<int>((rows - row + tiles - tile - 1) / (tiles - tile));
+    [&]<int... R>(std::integer_sequence<int, R...>) {
+      ((length == R + 1 ? body.template operator()<R + 1>(row) : void()), ...);
+    }(std::make_integer_sequence<int, Rows>{});
+    row += length;
+  }
+}
+
+// Calls body.template operator()<V>(first_vector) over [0, vectors) with V = Vectors as long as possible and one narrower tile.
+template <int Vectors, class Body>
+FASTMIX_INLINE void for_vector_tiles(int64_t vectors, const Body& body) {
+  for_row_tiles<Vectors>(vectors, body);
 }
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -104,6 +169,24 @@ inline void pack_panels(const T* w, int64_t n, int64_t k, int64_t n_stride, int6
       for (int64_t c = 0; c < count; ++c) out[kk * width + c] = w[(first + c) * n_stride + kk * k_stride];
       for (int64_t c = count; c < width; ++c) out[kk * width + c] = 0;
     }
+  }
+}
+
+// Packs lanes<T> columns of such a panel: out[k * out_row + c] = w[c * n_stride + k] for c < count, zeros behind.
+template <class T>
+inline void pack_strip(const T* w, int64_t count, int64_t k, int64_t n_stride, T* out, int64_t out_row) {
+  constexpr int width = lanes<T>;
+  int64_t kk = 0;
+  for (; count >= width && kk + width <= k; kk += width) {
+    Vec<T> block[width];
+#pragma GCC unroll 16
+    for (int c = 0; c < width; ++c) block[c] = load(w + c * n_stride + kk);
+    transpose<T>(block);
+#pragma GCC unroll 16
+    for (int c = 0; c < width; ++c) store(out + (kk + c) * out_row, block[c]);
+  }
+  for (; kk < k; ++kk) {
+    for (int64_t c = 0; c < width; ++c) out[kk * out_row + c] = c < count ? w[c * n_stride + kk] : T(0);
   }
 }
 

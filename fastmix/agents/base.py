@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Agent(nn.Module):
+class Agent(nn.Module, abc.ABC):
     """One network shared by all agents.
 
     Its input is `[observation, one-hot last action, one-hot agent id]`, in this order, the last two when the trainer
@@ -32,22 +33,23 @@ class Agent(nn.Module):
         self.hidden_dim = hidden_dim
 
     @classmethod
+    @abc.abstractmethod
     def from_args(cls, input_shape: int | Sequence[int], args: Any) -> Self:
         """Build as PyMARL's controllers do: `Agent(input_shape, args)`. Fields and defaults are named by each agent."""
-        raise NotImplementedError(f"{cls.__name__} does not read PyMARL arguments")
 
     def init_hidden(self) -> Tensor:
         """Zeros `[1, D]` on the device and in the dtype of the weights; controllers expand it to `[B, A, D]`."""
         return next(self.parameters()).new_zeros(1, self.hidden_dim)
 
+    @abc.abstractmethod
     def forward(self, inputs: Tensor, hidden_state: Tensor) -> tuple[Tensor, Tensor]:
         """One step: `inputs [B * A, I]` or `[B, A, I]` -> `q [..., U]` and the new hidden state `[..., D]`.
 
         `hidden_state` has `D` features for each row of `inputs`, in any shape that reshapes to `[rows, D]`. Results
         keep the leading shape of `inputs`. Raises `ValueError` where sizes do not agree.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def unroll(
         self,
         obs: Tensor,
@@ -61,7 +63,6 @@ class Agent(nn.Module):
         `last_actions [B, T, A]` int64 (-1 = no action yet) and `agent_ids` add their one-hots to the input.
         Returns `q [B, T, A, U]`, the hidden state after the last step `[B, A, D]` and, when asked, after every step.
         """
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """Sizes, for `print(agent)`."""

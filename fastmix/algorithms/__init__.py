@@ -56,4 +56,5 @@ def make(
     **overrides: Any,
 ) -> Algorithm:
     """An algorithm ready to train; see `configure` for ``preset`` and ``overrides``, `Algorithm` for the rest."""
-    return REGISTRY[name](scheme, configure(name, preset, **overrides), device=device, seed=seed)
+    config = configure(name, preset, **overrides)
+    return REGISTRY[name](scheme, config, device=device, seed=seed)

@@ -19,6 +19,11 @@ OBS_DIM = 5
 T_MAX = 20_000  # what the papers state: 20,000 steps
 
 
+def action_labels(n: int) -> tuple[str, ...]:
+    """A, B, C, ... as the papers write them; numbers where the alphabet is too short."""
+    return tuple(chr(ord("A") + i) for i in range(n)) if n <= 26 else tuple(str(i) for i in range(n))
+
+
 @dataclass(frozen=True, eq=False)
 class Payoff:
     """A payoff tensor with one axis an agent, ``values[a_1, ..., a_A]`` float64, and the reward noise on top of it."""
@@ -34,10 +39,12 @@ class Payoff:
 
     @property
     def n_agents(self) -> int:
+        """One axis an agent."""
         return self.values.ndim
 
     @property
     def optimum(self) -> float:
+        """The highest mean payoff."""
         return float(self.values.max())
 
     def optimal_actions(self) -> list[tuple[int, ...]]:
@@ -86,13 +93,14 @@ class MatrixGame:
         self._sizes = np.array(shape)
 
     def reset(self, indices: np.ndarray | None = None) -> None:
+        """See :class:`fastmix.envs.BatchedEnv`; the observation is constant, so there is little to do."""
         self.terminated[slice(None) if indices is None else indices] = False
 
     def step(self, actions: np.ndarray) -> None:
-        if actions.shape != (self.n_envs, self.info.n_agents):
-            raise ValueError(
-                f"actions has shape {actions.shape}; it must be [n_envs, n_agents] = {(self.n_envs, self.info.n_agents)}"
-            )
+        """Pay ``payoff[actions]`` (plus noise) and end every episode. Raises ``ValueError`` for other actions."""
+        expected = (self.n_envs, self.info.n_agents)
+        if actions.shape != expected:
+            raise ValueError(f"actions has shape {actions.shape}; it must be [n_envs, n_agents] = {expected}")
         if (actions < 0).any() or (actions >= self._sizes).any():
             raise ValueError(f"actions holds an action outside 0..{self._sizes.tolist()} - 1: {actions.tolist()}")
         rewards = self._flat[actions @ self._strides]
@@ -102,9 +110,11 @@ class MatrixGame:
         self.terminated[:] = True
 
     def state_dict(self) -> StateDict:
+        """The state of the noise."""
         return {"rng": self._rng.bit_generator.state, "terminated": self.terminated.copy()}
 
     def load_state_dict(self, state: StateDict) -> None:
+        """The inverse of ``state_dict``."""
         self._rng.bit_generator.state = state["rng"]
         self.terminated[:] = np.asarray(state["terminated"])
 
@@ -125,7 +135,9 @@ def load_payoff(spec: str) -> Payoff:
     if not spec.startswith("@"):
         if spec not in PAYOFFS:
             known = ", ".join(f"matrix:{name}" for name in PAYOFFS)
-            raise ValueError(f"env is 'matrix:{spec}'; the matrix games are {known}, and matrix:@file.json for your own")
+            raise ValueError(
+                f"env is 'matrix:{spec}'; the matrix games are {known}, and matrix:@file.json for your own"
+            )
         return PAYOFFS[spec]
     path = Path(spec[1:])
     if not path.is_file():
@@ -162,13 +174,10 @@ def parse_payoff(content: Any, *, name: str, where: str) -> Payoff:
     if not isinstance(actions, list) or not all(isinstance(label, str) and label for label in actions):
         raise ValueError(f"{where}: actions is {actions!r}; it must be a list of non-empty strings")
     if actions and (len(actions) != max(values.shape) or len(set(actions)) != len(actions)):
-        raise ValueError(f"{where}: actions is {actions!r}; it must be {max(values.shape)} different labels, one an action")
+        raise ValueError(
+            f"{where}: actions is {actions!r}; it must be {max(values.shape)} different labels, one an action"
+        )
     return Payoff(name, values, float(noise_std), tuple(actions))
-
-
-def action_labels(n: int) -> tuple[str, ...]:
-    """A, B, C, ... as the papers write them; numbers where the alphabet is too short."""
-    return tuple(chr(ord("A") + i) for i in range(n)) if n <= 26 else tuple(str(i) for i in range(n))
 
 
 def _check_nesting(value: Any, where: str, path: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Mixer(nn.Module):
+class Mixer(nn.Module, abc.ABC):
     """Combines the utilities of `n_agents` agents into one joint value.
 
     Call: `mixer(agent_qs [..., A], states [..., S]) -> q_tot [..., 1]` for any leading dimensions, usually `[B, T]`.
@@ -25,13 +26,13 @@ class Mixer(nn.Module):
     """
 
     @classmethod
+    @abc.abstractmethod
     def from_args(cls, args: Any) -> Self:
         """Build from a PyMARL namespace. Fields and their defaults are named by each mixer."""
-        raise NotImplementedError(f"{cls.__name__} does not read PyMARL arguments")
 
+    @abc.abstractmethod
     def forward(self, agent_qs: Tensor, states: Tensor) -> Tensor:
         """`agent_qs [..., A]`, `states [..., S]` -> `q_tot [..., 1]`."""
-        raise NotImplementedError
 
 
 def check_agent_qs(agent_qs: Tensor, n_agents: int | None) -> None:

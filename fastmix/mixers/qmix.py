@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +53,9 @@ class MonotonicMixer(Mixer):
         states = flat_states(states, agent_qs.shape[:-1], self.state_dim)
         return monotonic(agent_qs, states, self.params(), positivity=self.positivity, beta=self.beta)
 
+    @abc.abstractmethod
     def params(self) -> MonotonicParams:
         """The weights in the order of `fastmix.ops.monotonic`, read from the layers now (not copies)."""
-        raise NotImplementedError
 
     def k(self, states: Tensor) -> Tensor:
         """Share of each agent in the mix, `[..., A]`: `w1 w2` normalised over agents (pymarl2's helper for analysis).
@@ -235,12 +236,15 @@ def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 def _params(w1: nn.Module, w2: nn.Module, b1: nn.Module, v: nn.Module) -> MonotonicParams:
-    def pair(layer: nn.Module) -> tuple[Tensor, Tensor]:
-        return layer.weight, layer.bias  # type: ignore[return-value]
+    return MonotonicParams._make((*_hypernet(w1), *_hypernet(w2), *_linear(b1), *_hypernet(v)))
 
-    def hypernet(net: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-        if isinstance(net, nn.Sequential):
-            return (*pair(net[0]), *pair(net[2]))
-        return (None, None, *pair(net))
 
-    return MonotonicParams(*hypernet(w1), *hypernet(w2), *pair(b1), *hypernet(v))  # type: ignore[arg-type]
+def _hypernet(net: nn.Module) -> tuple[Any, ...]:
+    if isinstance(net, nn.Sequential):
+        hidden, _, output = net  # indexing a Sequential is slow, and this runs at every call
+        return (*_linear(hidden), *_linear(output))
+    return (None, None, *_linear(net))
+
+
+def _linear(layer: nn.Module) -> tuple[Any, Any]:
+    return layer.weight, layer.bias

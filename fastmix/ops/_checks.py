@@ -50,7 +50,8 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 
 def autocast_enabled(tensor: Tensor) -> bool:
     """Whether autocast is on for the device of ``tensor``."""
-    return torch.is_autocast_enabled(tensor.device.type)
+    device = tensor.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)  # which raises for devices that know no autocast
 
 
 def upcast(tensor: Tensor | None) -> Tensor | None:

@@ -3,7 +3,8 @@
 Every native op is a `torch.library` op (fake implementation and autograd registered), so that ``torch.compile``,
 dispatch modes and ``opcheck`` see it whole. That road costs about 100 microseconds a call with gradients, almost all
 of it Python bookkeeping. In plain eager mode the same three functions therefore run through one
-`torch.autograd.Function` (12 us), or with no wrapper at all where no gradient is wanted.
+`torch.autograd.Function` whose forward takes the context (a separate ``setup_context`` makes ``apply`` bind the
+signature with `inspect` at every call), or with no wrapper at all where no gradient is wanted.
 """
 
 from __future__ import annotations
@@ -17,22 +18,25 @@ from torch import Tensor
 _library = torch.library.Library("fastmix", "DEF")
 
 Outputs = Tensor | tuple[Tensor, ...]
+_Function = type[torch.autograd.Function]
 
 
 class NativeOp:
     """One native op: call it like its ``forward``."""
 
     def __init__(
-        self, name: str, forward: Callable[..., Outputs], function: type[torch.autograd.Function] | None
+        self, name: str, forward: Callable[..., Outputs], functions: tuple[_Function | None, _Function | None]
     ) -> None:
         self.name = name
         self._forward = forward
-        self._function = function
+        self._function, self._transformable = functions
         self._packet = getattr(torch.ops.fastmix, name).default
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or _is_wrapped(args):
+        if torch.compiler.is_compiling() or _needs_dispatcher(args):
             return self._packet(*args)
+        if torch._C._are_functorch_transforms_active():
+            return self._packet(*args) if self._transformable is None else self._transformable.apply(*args)
         if self._function is not None and wants_grad(args):
             return self._function.apply(*args)
         return self._forward(*args)
@@ -53,8 +57,7 @@ def define(
     Args:
         name: the op's name inside ``torch.ops.fastmix``.
         schema: its signature without the name, as in ``"(Tensor q, float gamma) -> Tensor"``. Tensors only outside
-            lists, since
-            autograd does not look into lists.
+            lists, since autograd does not look into lists.
         forward: computes the op on ``device``.
         fake: the same on tensors without data.
         setup_context, backward: as for `torch.library.register_autograd`; None for an op without a gradient.
@@ -62,23 +65,57 @@ def define(
     _library.define(f"{name}{schema}")
     _library.impl(name, forward, device)
     torch.library.register_fake(f"fastmix::{name}", fake, lib=_library)
-    function = None
+    functions: tuple[_Function | None, _Function | None] = (None, None)
     if backward is not None and setup_context is not None:
         torch.library.register_autograd(f"fastmix::{name}", backward, setup_context=setup_context, lib=_library)
-        methods = {
-            "forward": staticmethod(forward),
-            "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(torch.autograd.function.once_differentiable(backward)),
-        }
-        function = type(f"{name}_function", (torch.autograd.Function,), methods)
-    return NativeOp(name, forward, function)
+        functions = _functions(name, forward, setup_context, backward)
+    return NativeOp(name, forward, functions)
+
+
+def _functions(
+    name: str,
+    forward: Callable[..., Outputs],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., Any],
+) -> tuple[_Function, _Function]:
+    """The op for plain eager mode, and in the slower form that `torch.func` transforms ask for."""
+    once = torch.autograd.function.once_differentiable(backward)
+
+    def quick_forward(ctx: Any, *args: Any) -> Outputs:
+        outputs = forward(*args)
+        setup_context(ctx, args, outputs)
+        return outputs
+
+    def quick_backward(ctx: Any, *grads: Any) -> Any:
+        # Gradients are on only under create_graph=True, which `once` answers with an error as soon as it is used.
+        return once(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    quick = {"forward": staticmethod(quick_forward), "backward": staticmethod(quick_backward)}
+    transformable = {
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(once),
+    }
+    return (
+        type(f"{name}_function", (torch.autograd.Function,), quick),
+        type(f"{name}_transformable", (torch.autograd.Function,), transformable),
+    )
 
 
 def wants_grad(tensors: Sequence[Any]) -> bool:
     """Whether autograd must record an op on ``tensors`` (entries that are not tensors are ignored)."""
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                return True
+    return False
 
 
-def _is_wrapped(args: Sequence[Any]) -> bool:
-    """A tensor subclass (fake, functional, traced) among the leading arguments needs the dispatcher."""
-    return any(isinstance(t, Tensor) and type(t) not in (Tensor, torch.nn.Parameter) for t in args[:2])
+def _needs_dispatcher(args: Sequence[Any]) -> bool:
+    """Dispatch modes and tensor subclasses (fake, functional, traced) must see the op itself."""
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    for tensor in args:
+        if isinstance(tensor, Tensor) and type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return True
+    return False

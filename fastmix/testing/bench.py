@@ -151,11 +151,14 @@ def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
 
 
 def environment() -> dict[str, Any]:
-    """What a measurement depends on: versions, CPU, threads, load."""
+    """What a measurement depends on: versions, what ran each op and how it was compiled, CPU, threads, load."""
     import fastmix
+    from fastmix import backends
 
     return {
         "fastmix": fastmix.__version__,
+        "backends": {op: os.environ.get("FASTMIX_BACKEND") or backends.available(op)[0] for op in backends.TABLE},
+        "core": _core(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -187,6 +190,17 @@ _SETTINGS = (
     "MKL_NUM_THREADS",
     "ATEN_CPU_CAPABILITY",
 )
+
+
+def _core() -> dict[str, Any] | None:
+    """How the compiled core was built and the instruction set it chose; None without it."""
+    from fastmix import backends
+
+    if backends.core_problem() is not None:
+        return None
+    from fastmix import _core
+
+    return {"isa": _core.isa(), "compiler": _core.compiler, "openmp": _core.openmp}
 
 
 def _warm_up(call: Callable[[], object], times: int, min_time: float) -> int:

@@ -171,10 +171,10 @@ def test_checkpoints_of_public_trainers_load(tmp_path: Path) -> None:
     agent = FORMS["rnn"]()
     load_pymarl(agent, tmp_path / "agent.th")
     x, h = torch.randn(B * A, N_IN), torch.randn(B * A, D)
-    expected = public.rnn(torch.relu(public.fc1(x)), h)  # type: ignore[operator]
+    expected = public.rnn(torch.relu(public.fc1(x)), h)
     q, after = agent(x, h)
     assert_close(after, expected, 1e-6)
-    assert_close(q, public.fc2(expected), 1e-6)  # type: ignore[operator]
+    assert_close(q, public.fc2(expected), 1e-6)
 
 
 def test_orthogonal_initialisation() -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fastmix
 from fastmix import backends
-from fastmix.mixers import REGISTRY, Mixer, NMixer, QMixer, VDNMixer, convert_state_dict, load_pymarl
+from fastmix.mixers import REGISTRY, Mixer, MonotonicMixer, NMixer, QMixer, convert_state_dict, load_pymarl
 from fastmix.testing import assert_close, rms_ratio
 from tests.generators import ODD_ROWS, SHAPES, Shape, non_contiguous, odd_shapes
 
@@ -30,18 +33,22 @@ def make(kind: str, shape: Shape = SMALL, embed: int = 8, **options: object) -> 
 
 def public_form(mixer: Mixer, agent_qs: Tensor, states: Tensor) -> Tensor:
     """The mix as equations, layer by layer, with the modules the mixer holds."""
-    if isinstance(mixer, VDNMixer):
+    if not isinstance(mixer, MonotonicMixer):
         return agent_qs.sum(-1, keepdim=True)
-    nets = [mixer.hyper_w1, mixer.hyper_b1, mixer.hyper_w2, mixer.hyper_b2] if isinstance(mixer, NMixer) else []
-    nets = nets or [mixer.hyper_w_1, mixer.hyper_b_1, mixer.hyper_w_final, mixer.V]  # type: ignore[list-item]
-    make_positive = {
+    nets: list[Any] = (
+        [mixer.hyper_w1, mixer.hyper_b1, mixer.hyper_w2, mixer.hyper_b2] if isinstance(mixer, NMixer) else []
+    )
+    if isinstance(mixer, QMixer):
+        nets = [mixer.hyper_w_1, mixer.hyper_b_1, mixer.hyper_w_final, mixer.V]
+    positive: dict[str, Callable[[Tensor], Tensor]] = {
         "abs": torch.abs,
-        "softplus": nn.Softplus(beta=mixer.beta),  # type: ignore[arg-type]
+        "softplus": nn.Softplus(beta=mixer.beta),
         "quadratic": lambda w: w * w / 2,
         "none": lambda w: w,
-    }[mixer.positivity]  # type: ignore[index]
+    }
+    make_positive = positive[mixer.positivity]
     w1, b1, w2, v = (net(states) for net in nets)
-    w1 = make_positive(w1).unflatten(-1, (mixer.n_agents, -1))  # type: ignore[arg-type]
+    w1 = make_positive(w1).unflatten(-1, (mixer.n_agents, -1))
     hidden = nn.functional.elu(torch.einsum("...a,...ae->...e", agent_qs, w1) + b1)
     return (hidden * make_positive(w2)).sum(-1, keepdim=True) + v
 
@@ -90,6 +97,12 @@ def test_strided_inputs(kind: str) -> None:
     assert_close(mixer(expanded, states), mixer(expanded.contiguous(), states), 1e-6)
 
 
+def test_sizes_may_be_numpy_integers() -> None:
+    """Environments often report them so."""
+    mixer = QMixer(np.int64(A), np.int32(S), np.int64(4))  # type: ignore[arg-type]
+    assert mixer(torch.zeros(2, A), torch.zeros(2, S)).shape == (2, 1)
+
+
 def test_states_keep_their_axes() -> None:
     mixer = QMixer(A, (2, 3, 4), mixing_embed_dim=4)
     agent_qs, states = torch.randn(5, 6, A), torch.randn(5, 6, 2, 3, 4)
@@ -120,6 +133,8 @@ def test_wrong_inputs_raise(kind: str, agent_qs: object, states: object, message
     ("options", "message"),
     [
         ({"n_agents": 0}, "n_agents"),
+        ({"n_agents": True}, "n_agents"),
+        ({"n_agents": 2.0}, "n_agents"),
         ({"state_dim": (3, 0)}, "state_dim"),
         ({"mixing_embed_dim": -1}, "mixing_embed_dim"),
         ({"hypernet_layers": 3}, "hypernet_layers"),

@@ -23,15 +23,16 @@ ARRAYS: dict[str, Any] = {
 
 def test_family_with_kind(tmp_path: Path) -> None:
     path = tmp_path / "a.b.npz"
-    meta = {
+    meta: dict[str, Any] = {
         "meta/kind": "learner",
         "meta/hp_json": json.dumps({"A": 3}),
         "meta/none_grad": np.array(["agent.fc1.weight"]),
+        "param/target_agent.rnn.weight_ih": np.ones(2),
     }
-    np.savez(path, **ARRAYS, **meta, **{"param/target_agent.rnn.weight_ih": np.ones(2)})
+    np.savez(path, **ARRAYS, **meta)
     file = golden.load(path)
     assert (file.name, file.kind, file.variant, file.config) == ("a.b", "learner", "", {"A": 3})
-    assert file.none_grads == {"agent.fc1.weight"}
+    assert file.none_grads == frozenset({"agent.fc1.weight"})
     assert file.inputs["x"].dtype == torch.float32
     assert file.outputs["loss/total"].item() == 2.5
     assert list(file.networks(file.params)) == ["target_agent"]
@@ -40,7 +41,8 @@ def test_family_with_kind(tmp_path: Path) -> None:
 
 def test_family_with_one_json_string(tmp_path: Path) -> None:
     meta = json.dumps({"case": "resq.learner", "variant": "mse", "cfg": {"A": 3}})
-    np.savez(tmp_path / "a.npz", meta=np.array(meta), **ARRAYS, **{"param/agent/fc1.weight": np.ones(2)})
+    more: dict[str, Any] = {"meta": np.array(meta), "param/agent/fc1.weight": np.ones(2)}
+    np.savez(tmp_path / "a.npz", **ARRAYS, **more)
     file = golden.load(tmp_path / "a.npz")
     assert (file.kind, file.variant, file.config, file.none_grads) == ("resq.learner", "mse", {"A": 3}, None)
     assert list(file.networks(file.params)["agent"]) == ["fc1.weight"]

@@ -1,4 +1,4 @@
-"""Find the baselines: ``fastmix._baselines`` of an installed wheel, ``benchmarks/baselines`` of a checkout."""
+"""Find the baselines: ``fastmix.baselines`` of an installed wheel, ``benchmarks/baselines`` of a checkout."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final
 
-PACKAGE: Final = "fastmix._baselines"
+PACKAGE: Final = "fastmix.baselines"
 
 
 def load(name: str) -> ModuleType:
     """The module ``name`` of the baselines: ``"learner"``, ``"networks"`` or ``"operators"``.
 
     Raises:
-        RuntimeError: this installation has no baselines.
+        ImportError: this installation has no baselines.
     """
     if PACKAGE not in sys.modules and not _installed():
         _load_checkout()
@@ -33,7 +33,7 @@ def _load_checkout() -> None:
     folder = Path(fastmix.__file__).resolve().parents[1] / "benchmarks" / "baselines"
     init = folder / "__init__.py"
     if not init.exists():
-        raise RuntimeError(
+        raise ImportError(
             f"the baselines to measure against are neither installed as {PACKAGE} nor in {folder}; "
             "run from a checkout of the repository (pip install -e .) or reinstall fastmix"
         )

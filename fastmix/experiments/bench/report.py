@@ -154,6 +154,5 @@ def _mib(size: int | None) -> str:
 def _where(content: dict[str, Any]) -> str:
     e = content["environment"]
     threads = f"{e['threads']} thread{'s' if e['threads'] > 1 else ''}"
-    return (
-        f"{e['cpu']} ({e['cpu_capability']}), {threads}, {content['dtype']}, torch {e['torch']}, fastmix {e['fastmix']}"
-    )
+    core = f"core {e['core']['isa']}" if e["core"] else "no compiled core"
+    return f"{e['cpu']}, {threads}, {content['dtype']}, torch {e['torch']}, fastmix {e['fastmix']}, {core}"

@@ -111,14 +111,17 @@ def public_learner(ours: Algorithm, scheme: Scheme) -> Any:
 def parameter_pairs(ours: Algorithm, learner: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Every parameter of ours with its counterpart, online and target networks."""
     for name, module in learner.networks():
-        kind = name.removeprefix("target_")
-        if kind == "mixer" and learner.config.mixer == "vdn":
-            continue
+        if not any(True for _ in module.parameters()):
+            continue  # VDN's mixer
         network: Any = ours.networks[name]
-        mine, public = network.params(), (utility_params if kind == "agent" else mixing_params)(module)
-        for a, b in zip(mine, public, strict=True):
+        for a, b in zip(network.params(), public_params(learner, name), strict=True):
             if a is not None and b is not None:
                 yield a, b
+
+
+def public_params(learner: Any, name: str) -> tuple[Tensor | None, ...]:
+    """Parameters of the network ``name`` of the public way, in the order of our ops."""
+    return (mixing_params if name.endswith("mixer") else utility_params)(getattr(learner, name))
 
 
 def random_batch(scheme: Scheme, batch_size: int) -> EpisodeBatch:

@@ -14,14 +14,16 @@ NORM_EPS = 1e-5
 def recurrent(
     obs: Tensor,
     network: RecurrentParams,
-    hidden: Tensor,
+    hidden: Tensor | None,
     last_actions: Tensor | None,
     agent_ids: bool,
     return_hidden_states: bool,
 ) -> RecurrentOutput:
-    """See `fastmix.ops.recurrent`, for one network; arguments are already checked."""
+    """See `fastmix.ops.recurrent`, for one network; arguments are already checked. A missing hidden state is zero."""
     p = network
     episodes, _, n_agents, _ = obs.shape
+    if hidden is None:
+        hidden = obs.new_zeros(episodes, n_agents, p.weight_hh.shape[1])
     x = F.relu(F.linear(build_inputs(obs, p.fc1_weight.shape[1], last_actions, agent_ids), p.fc1_weight, p.fc1_bias))
     h = hidden.flatten(0, 1)
     states = []

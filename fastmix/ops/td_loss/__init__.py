@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from fastmix.ops.td_loss import reference
+from fastmix import backends
+from fastmix.ops import _checks
+from fastmix.ops.td_loss import native, reference
 from fastmix.ops.td_loss.types import TDLoss
 
 __all__ = ["TDLoss", "td_loss"]
@@ -18,8 +21,82 @@ def td_loss(
     weights: Tensor | None = None,
     residual: Tensor | None = None,
     scale: float = 1.0,
-    normaliser: Tensor | None = None,
+    normaliser: Tensor | float | None = None,
     backend: str | None = None,
 ) -> TDLoss:
-    """Masked, weighted squared temporal-difference loss."""
-    return reference.td_loss(qs, targets, mask, weights, residual, scale, normaliser)
+    """Masked, weighted squared temporal-difference loss.
+
+    ``td = qs + residual - targets`` and ``loss = scale * sum(weights * (mask * td)^2) / normaliser``. Steps with mask 0
+    may hold NaN and inf, which reach neither the loss nor a gradient.
+
+    Args:
+        qs: ``[B, T, K]``, joint values (``K = 1``) or one per agent; any strides, slices are not copied.
+        targets: ``[B, T, K]`` or ``[B, T, 1]``, constant.
+        mask: ``[B, T, K]`` or ``[B, T, 1]``, 1 on live steps; any dtype.
+        weights: constant factors, broadcast to ``[B, T, K]``: a weighting function, or ``[B, 1, 1]`` importance weights.
+            They must be finite on live steps.
+        residual: ``[B, T, K]``, added to ``qs``.
+        scale: factor of the loss.
+        normaliser: number or 0-dim tensor in place of the mask's sum over ``[B, T, K]``. Without it a batch that has no
+            live step has loss 0.
+        backend: ``None`` for the automatic choice, or a name of `fastmix.backends.NAMES`.
+
+    Returns:
+        A `TDLoss`: the loss, differentiable in ``qs`` and ``residual``, and ``mask * td`` without gradient. Native sums
+        are made in double precision, in an order that depends on the number of threads only.
+
+    Raises:
+        ValueError, TypeError: an argument of wrong shape, dtype or device.
+
+    Source: the loss of all PyMARL learners; weights as in Rashid et al. (2020), residual as in ResQ, equation 8.
+    """
+    _check_tensors(qs, targets, mask, weights, residual)
+    if _checks.autocast_enabled(qs):
+        qs, targets, weights, residual = (_checks.upcast(t) for t in (qs, targets, weights, residual))
+    for name, tensor in (("targets", targets), ("weights", weights), ("residual", residual)):
+        if tensor is not None and tensor.dtype is not qs.dtype:
+            _checks.check_like(name, tensor, qs, "qs")
+    if mask.dtype is not qs.dtype:
+        mask = mask.to(qs.dtype)
+    if normaliser is not None:
+        normaliser = _scalar(normaliser, qs)
+    run = native.td_loss if backends.resolve("td_loss", qs, backend) == "native" else reference.td_loss
+    return run(qs, targets, mask, weights, residual, scale, normaliser)
+
+
+def _scalar(normaliser: Tensor | float, qs: Tensor) -> Tensor:
+    if not isinstance(normaliser, Tensor):
+        return torch.tensor(float(normaliser), dtype=qs.dtype, device=qs.device)
+    if normaliser.numel() != 1 or normaliser.device != qs.device:
+        raise ValueError(
+            f"normaliser must be a number or a tensor of one number on {qs.device},"
+            f" got shape {tuple(normaliser.shape)} on {normaliser.device}"
+        )
+    return normaliser.detach().reshape(()).to(qs.dtype)
+
+
+def _check_tensors(qs: Tensor, targets: Tensor, mask: Tensor, weights: Tensor | None, residual: Tensor | None) -> None:
+    _checks.check_tensor("qs", qs)
+    _checks.check_floating("qs", qs)
+    shape, device = qs.shape, qs.device
+    if len(shape) != 3:
+        raise ValueError(f"qs must have shape [B, T, K], got {tuple(shape)}")
+    column = (shape[0], shape[1], 1)
+    for name, tensor in (("targets", targets), ("mask", mask), ("weights", weights), ("residual", residual)):
+        if tensor is None and name in ("weights", "residual"):
+            continue
+        _checks.check_tensor(name, tensor)
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the device of qs ({device}), got {tensor.device}")
+        if tensor.shape == shape or (tensor.shape == column and name != "residual"):
+            continue
+        if name == "weights" and _broadcasts(tensor.shape, shape):
+            continue
+        wanted = {"weights": "a shape that broadcasts to [B, T, K]", "residual": "shape [B, T, K]"}
+        meaning = wanted.get(name, "shape [B, T, K] or [B, T, 1]")
+        raise ValueError(f"{name} must have {meaning} with [B, T, K] = {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    aligned = (1,) * (len(to) - len(shape)) + tuple(shape)
+    return len(aligned) == len(to) and all(size in (1, whole) for size, whole in zip(aligned, to, strict=True))

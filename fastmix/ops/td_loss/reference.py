@@ -24,5 +24,8 @@ def td_loss(
     td = torch.where(mask != 0, td, torch.zeros_like(td)) * mask
     squares = td**2 if weights is None else weights.detach() * td**2
     squares = torch.where(mask != 0, squares, torch.zeros_like(squares))
-    total = mask.sum() if normaliser is None else normaliser
-    return TDLoss(scale * squares.sum() / total, td.detach())
+    if normaliser is not None:
+        return TDLoss(scale * squares.sum() / normaliser, td.detach())
+    total = mask.sum()
+    nothing = total == 0  # a batch without a live step has no loss, not 0 / 0
+    return TDLoss(scale * squares.sum() / torch.where(nothing, torch.ones_like(total), total), td.detach())

@@ -1,0 +1,53 @@
+"""What the benchmark tests share: one contestant of one case under pytest-benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import pytest
+import torch
+
+from fastmix.experiments.bench.cases import Case
+from fastmix.testing.bench import peak_memory
+
+_built: dict[Hashable, Case] = {}
+
+
+def contestants(problems: Iterable[tuple[Any, ...]], names: Iterable[str]) -> list[Any]:
+    """Parameters ``(problem, contestant)``, all contestants of a problem one after another."""
+    names = list(names)
+    return [
+        pytest.param(problem, name, id="-".join(map(str, (*problem, name)))) for problem in problems for name in names
+    ]
+
+
+def run(benchmark: Any, build: Callable[..., Case], problem: tuple[Any, ...], contestant: str) -> None:
+    """Check ``ours`` against the reference, then time ``contestant``; peak memory goes into ``extra_info``."""
+    case = _case(build, problem)
+    if contestant == "ours":
+        error = case.error()
+        assert error <= case.tolerance, f"{case.name} differs from the reference by {error:.2e}"
+        benchmark.extra_info["parity_error"] = error
+    call = case.contestants[contestant]
+    call()  # compilation, libraries and their workspaces are not memory of the operator
+    benchmark.group = case.name
+    benchmark.extra_info |= {
+        "op": case.op,
+        "phase": case.phase,
+        "shape": case.shape,
+        **case.sizes,
+        "contestant": contestant,
+        "threads": torch.get_num_threads(),
+        "peak_bytes": peak_memory(call),
+    }
+    benchmark(call)
+
+
+def _case(build: Callable[..., Case], problem: tuple[Any, ...]) -> Case:
+    """The case, kept while its contestants follow each other; only one, because they hold large tensors."""
+    key = (build, problem)
+    if key not in _built:
+        _built.clear()
+        _built[key] = build(*problem)
+    return _built[key]

@@ -1,0 +1,196 @@
+"""`recurrent` through the compiled core: one walk over time per block of rows, forward and backward."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmix.ops import _library
+from fastmix.ops.recurrent.types import RecurrentOutput, RecurrentParams
+
+logger = logging.getLogger("fastmix")
+
+_SIZES = 8  # numbers in what `sizes_of` gives
+_PARAMS = len(RecurrentParams._fields)
+
+
+def recurrent(
+    obs: Tensor,
+    network: RecurrentParams,
+    hidden: Tensor | None,
+    last_actions: Tensor | None,
+    agent_ids: bool,
+    return_hidden_states: bool,
+) -> RecurrentOutput:
+    """See `fastmix.ops.recurrent`, for one network; arguments are already checked. A missing hidden state is zero."""
+    save = _library.wants_grad((obs, hidden, *network))
+    q, after, states, _ = _recurrent(obs, last_actions, hidden, *network, agent_ids, return_hidden_states, save)
+    return RecurrentOutput(q, after, states if return_hidden_states else None)
+
+
+def sizes_of(obs: Tensor, last_actions: Tensor | None, network: Any, agent_ids: bool) -> tuple[int, ...]:
+    """Episodes, steps, agents, features of an observation, one-hot actions, one-hot ids, hidden size, outputs."""
+    episodes, steps, n_agents, n_obs = obs.shape
+    ids = n_agents if agent_ids else 0
+    actions = 0 if last_actions is None else network[0].shape[1] - n_obs - ids
+    return (episodes, steps, n_agents, n_obs, actions, ids, network[0].shape[0], network[8].shape[0])
+
+
+def addresses(tensors: Any) -> list[int]:
+    """Where each tensor begins; 0 for a missing one."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def readable(obs: Tensor) -> Tensor:
+    """``obs`` with contiguous features: a copy where they are not."""
+    if obs.stride(3) == 1 or obs.shape[3] <= 1:
+        return obs
+    logger.debug("recurrent copies obs: its last axis has stride %d", obs.stride(3))
+    return obs.contiguous()
+
+
+def _forward(
+    obs: Tensor, last_actions: Tensor | None, hidden: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from fastmix import _core
+
+    network, (agent_ids, return_hidden_states, save) = rest[:_PARAMS], rest[_PARAMS:]
+    sizes = sizes_of(obs, last_actions, network, agent_ids)
+    episodes, steps, n_agents, _, _, _, width, outputs = sizes
+    obs = readable(obs)
+    network = tuple(None if p is None else p.contiguous() for p in network)
+    hidden = None if hidden is None else hidden.contiguous()
+    like = {"dtype": obs.dtype, "device": obs.device}
+    is_double = obs.dtype == torch.float64
+    q = torch.empty((episodes, steps, n_agents, outputs), **like)
+    after = torch.empty((episodes, n_agents, width), **like)
+    states = torch.empty((episodes, steps, n_agents, width) if return_hidden_states else 0, **like)
+    saved = _workspace(_core.recurrent_saved_size(sizes, is_double) if save else 0, obs.dtype)
+    if after.numel() > 0:
+        _core.recurrent_forward(
+            obs.data_ptr(), 0 if last_actions is None else last_actions.data_ptr(), _address(hidden), addresses(network), 0,
+            q.data_ptr(), after.data_ptr(), _address(states), _address(saved), sizes, obs.stride()[:3],
+            (0, 0, 0) if last_actions is None else last_actions.stride(), is_double, torch.get_num_threads(),
+        )  # fmt: skip
+    return q, after, states, saved
+
+
+def _fake(
+    obs: Tensor, last_actions: Tensor | None, hidden: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    network, (agent_ids, return_hidden_states, save) = rest[:_PARAMS], rest[_PARAMS:]
+    episodes, steps, n_agents, _, _, _, width, outputs = sizes_of(obs, last_actions, network, agent_ids)
+    line = 64 // obs.element_size()
+    padded = (width + line - 1) // line * line  # as recurrent_saved_size in the core
+    return (
+        obs.new_empty((episodes, steps, n_agents, outputs)),
+        obs.new_empty((episodes, n_agents, width)),
+        obs.new_empty((episodes, steps, n_agents, width) if return_hidden_states else (0,)),
+        obs.new_empty((episodes * n_agents * padded * (6 * steps + 1) if save else 0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.agent_ids, ctx.return_hidden_states, save = inputs
+    if not save:
+        raise RuntimeError("fastmix::recurrent was called with save=False on tensors that need gradients")
+    ctx.mark_non_differentiable(output[3])
+    ctx.set_materialize_grads(False)  # zeros as large as the workspace
+    ctx.save_for_backward(*tensors, output[3])
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, saved = ctx.saved_tensors
+    wants_obs, wants_hidden = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+    states = grads[2] if ctx.return_hidden_states else None
+    grad_obs, grad_hidden, *grad_network = _recurrent_backward(
+        *tensors, saved, grads[0], grads[1], states, ctx.agent_ids, wants_obs, wants_hidden
+    )
+    norm = tensors[3 + 6] is not None
+    return (
+        grad_obs if wants_obs else None,
+        None,
+        grad_hidden if wants_hidden else None,
+        *(g if norm or i not in (6, 7) else None for i, g in enumerate(grad_network)),
+        None,
+        None,
+        None,
+    )
+
+
+def _backward_forward(
+    obs: Tensor, last_actions: Tensor | None, hidden: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    """Gradients of obs and hidden (empty where not wanted) and of every parameter (norm's empty without one)."""
+    from fastmix import _core
+
+    network, saved, cotangents = rest[:_PARAMS], rest[_PARAMS], rest[_PARAMS + 1 : _PARAMS + 4]
+    agent_ids = rest[_PARAMS + 4]
+    sizes = sizes_of(obs, last_actions, network, agent_ids)
+    outputs = _backward_fake(obs, last_actions, hidden, *rest)
+    grad_obs, grad_hidden, *grads = outputs
+    if sizes[0] * sizes[2] == 0:
+        for grad in outputs:
+            grad.zero_()
+        return outputs
+    obs = readable(obs)
+    network = tuple(None if p is None else p.contiguous() for p in network)
+    cotangents = tuple(None if g is None else g.contiguous() for g in cotangents)
+    _core.recurrent_backward(
+        obs.data_ptr(), 0 if last_actions is None else last_actions.data_ptr(), hidden is None, addresses(network),
+        saved.data_ptr(), *(_address(g) for g in cotangents), [_address(g) for g in grads], _address(grad_obs),
+        _address(grad_hidden), sizes, obs.stride()[:3], (0, 0, 0) if last_actions is None else last_actions.stride(),
+        obs.dtype == torch.float64, torch.get_num_threads(),
+    )  # fmt: skip
+    return outputs
+
+
+def _backward_fake(obs: Tensor, last_actions: Tensor | None, hidden: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    network, (wants_obs, wants_hidden) = rest[:_PARAMS], rest[-2:]
+    episodes, _, n_agents, _ = obs.shape
+    return (
+        torch.empty(obs.shape if wants_obs else (0,), dtype=obs.dtype, device=obs.device),
+        torch.empty(
+            (episodes, n_agents, network[0].shape[0]) if wants_hidden else (0,), dtype=obs.dtype, device=obs.device
+        ),
+        *(torch.empty((0,) if p is None else p.shape, dtype=obs.dtype, device=obs.device) for p in network),
+    )
+
+
+def _workspace(numel: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory out of the core's pool, which takes it back when the last tensor on it is gone.
+
+    Allocated anew in each step, tens to hundreds of megabytes would cost more in page faults than the forward pass.
+    """
+    from fastmix import _core
+
+    if numel == 0:
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(_core.Workspace(numel * dtype.itemsize), dtype=dtype)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+_WEIGHTS = ", ".join(f"Tensor{'?' if field.startswith('norm') else ''} {field}" for field in RecurrentParams._fields)
+_recurrent_backward = _library.define(
+    "recurrent_backward",
+    f"(Tensor obs, Tensor? last_actions, Tensor? hidden, {_WEIGHTS}, Tensor saved, Tensor? grad_q, Tensor? grad_hidden,"
+    " Tensor? grad_hidden_states, bool agent_ids, bool wants_obs, bool wants_hidden)"
+    f" -> ({', '.join(['Tensor'] * (2 + _PARAMS))})",
+    _backward_forward,
+    _backward_fake,
+)
+_recurrent = _library.define(
+    "recurrent",
+    f"(Tensor obs, Tensor? last_actions, Tensor? hidden, {_WEIGHTS}, bool agent_ids, bool return_hidden_states, bool save)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)

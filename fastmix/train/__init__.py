@@ -1,0 +1,1 @@
+"""The trainer: configuration, replay, rollouts, evaluation, checkpoints, logs, sweeps of seeds."""

@@ -1,0 +1,76 @@
+"""The settings of a run. Those of the algorithm (learning rate, batch, epsilon, ...) live in its own config."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from fastmix.algorithms.config import option
+from fastmix.train.replay import ObsDtype
+from fastmix.train.rollout import StoredTermination
+from fastmix.train.schedules import Decay
+
+DEFAULT_T_MAX = 2_000_000  # where neither the user nor the environment says; what SMAC papers train for
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run besides the machine: two runs with equal configs end with equal weights on the
+    same machine with the same thread count. Raises ``ValueError`` naming the setting, its value and what it must be.
+    """
+
+    algo: str = option("qmix", "algorithm, a name of fastmix.algorithms.REGISTRY")
+    env: str = option("matrix:resq1", "environment: matrix:resq1, matrix:resq2, matrix:stochastic, matrix:@file.json")
+    preset: str = option("pymarl2", "set of hyper-parameters the algorithm starts from: pymarl or pymarl2")
+    seed: int = option(0, "decides everything random; with --seeds N the runs use seed, seed+1, ...")
+    t_max: int | None = option(
+        None, f"environment steps (default: what the environment suggests, else {DEFAULT_T_MAX})"
+    )
+    device: str = option("cpu", "torch device of networks and updates")
+    threads: int = option(1, "CPU threads of torch and of the native core in each run")
+    updates_per_round: int = option(1, "gradient steps after every batch_size_run finished episodes")
+    epsilon_decay: Decay = option("linear", "shape of the epsilon schedule")  # noqa: RUF009 - an immutable Literal
+    stored_termination: StoredTermination = option(  # noqa: RUF009
+        "true",
+        "terminated flag kept in replay: 'true' is what the environment says; 'pymarl' stores a true end at the very "
+        "episode limit as a time-out, as PyMARL's runner does",
+    )
+    bucket: int = option(16, "round batch lengths up to a multiple of this many steps (masked), at most the limit")
+    replay_obs_dtype: ObsDtype = option("float32", "storage of observations and states in replay")  # noqa: RUF009
+    test_interval: int = option(2000, "environment steps between greedy evaluations")
+    test_nepisode: int = option(32, "episodes of one evaluation")
+    log_interval: int = option(2000, "environment steps between log records")
+    checkpoint_interval: int = option(50_000, "environment steps between checkpoints (one is always taken at the end)")
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep")
+    tensorboard: bool = option(False, "write TensorBoard events as well as metrics.jsonl (needs fastmix[train])")
+    # Settings of the algorithm (fields of AlgorithmConfig) that differ from its preset.
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("updates_per_round", "bucket", "test_interval", "test_nepisode", "log_interval",
+                     "checkpoint_interval", "keep_checkpoints", "threads"):  # fmt: skip
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        _check(self, "t_max", self.t_max is None or self.t_max >= 1, "at least 1 environment step")
+        _check(self, "seed", 0 <= self.seed < 2**32, "between 0 and 2^32 - 1")
+        for name, literal in (("epsilon_decay", Decay), ("stored_termination", StoredTermination),
+                              ("replay_obs_dtype", ObsDtype)):  # fmt: skip
+            choices = literal.__args__  # type: ignore[attr-defined]
+            _check(self, name, getattr(self, name) in choices, "one of " + ", ".join(map(repr, choices)))
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dictionary of JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TrainConfig:
+        """The inverse of ``to_json``. Raises ``ValueError`` naming a setting that this version does not have."""
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"the saved config has the setting {unknown[0]!r}, which this version does not know")
+        return cls(**values)
+
+
+def _check(config: TrainConfig, name: str, ok: bool, must: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} is {getattr(config, name)!r}; it must be {must}")

@@ -1,0 +1,308 @@
+"""`select`: the compiled pass against the reference, ties, padding, bad input, and torch's own op checks."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastmix.ops import select
+from fastmix.ops.select import UNAVAILABLE, Selection
+from fastmix.testing import assert_close
+from tests.generators import SHAPES, episodes, non_contiguous
+from tests.ops.support import ISAS, TOLERANCE, fullgraph, gradients, run_tests_under_isa
+
+DTYPES = (torch.float32, torch.float64)
+AVAIL_DTYPES = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64
+)  # fmt: skip
+N_ACTIONS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 18, 31, 32, 33, 36, 65)
+
+
+class Problem:
+    """Random inputs; a tenth of the agents' rows offer no action."""
+
+    def __init__(self, *shape: int, dtype: torch.dtype = torch.float32, avail: torch.dtype = torch.bool) -> None:
+        self.qs = torch.randn(*shape, dtype=dtype, requires_grad=True)
+        offered = torch.rand(shape) < 0.6
+        offered &= torch.rand((*shape[:-1], 1)) < 0.9
+        self.avail = offered.to(avail)
+        self.actions = torch.randint(0, shape[-1], shape[:-1])
+        self.target_qs = torch.randn(*shape, dtype=dtype)
+
+    def run(self, backend: str, **changes: Any) -> Selection:
+        args: dict[str, Any] = {"actions": self.actions, "target_qs": self.target_qs} | changes
+        avail = args.pop("avail_actions", self.avail)
+        return select(args.pop("agent_qs", self.qs), avail, backend=backend, **args)
+
+
+def assert_same(ours: Selection, expected: Selection) -> None:
+    for name, a, e in zip(Selection._fields, ours, expected, strict=True):
+        assert (a is None) == (e is None), name
+        if a is not None and e is not None:
+            assert a.dtype == e.dtype, name
+            assert_close(a, e, 0.0, name=name)
+
+
+def assert_parity(problem: Problem, **changes: Any) -> None:
+    ours, expected = problem.run("native", **changes), problem.run("reference", **changes)
+    assert_same(ours, expected)
+    qs = changes.get("agent_qs", problem.qs)
+    for names in (("greedy_qs",), ("chosen_qs",), ("greedy_qs", "chosen_qs")):
+        if any(getattr(ours, name) is None for name in names):
+            continue
+        (grad,), (wanted,) = (gradients([getattr(s, name) for name in names], [qs]) for s in (ours, expected))
+        assert_close(grad, wanted, TOLERANCE[qs.dtype], name=f"gradient through {names}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_actions", N_ACTIONS)
+def test_parity_over_actions(n_actions: int, dtype: torch.dtype) -> None:
+    assert_parity(Problem(5, 7, 3, n_actions, dtype=dtype))
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (0,), (257,), (3, 4), (2, 0), (2, 3, 4), (1, 2, 3, 2)])
+@pytest.mark.parametrize("n_agents", [1, 2, 27])
+def test_parity_over_rows(leading: tuple[int, ...], n_agents: int) -> None:
+    assert_parity(Problem(*leading, n_agents, 6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("avail", AVAIL_DTYPES)
+def test_parity_over_availability(avail: torch.dtype, dtype: torch.dtype) -> None:
+    assert_parity(Problem(4, 5, 3, 18, dtype=dtype, avail=avail))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_parity_over_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
+    assert_parity(Problem(16, 50, 8, 9))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa: str) -> None:
+    run_tests_under_isa(__file__, "parity_over_actions or parity_over_availability", isa)
+
+
+def test_optional_arguments() -> None:
+    problem = Problem(3, 4, 2, 5)
+    for changes in (
+        {"actions": None},
+        {"target_qs": None},
+        {"avail_actions": None},
+        {"actions": None, "target_qs": None},
+    ):
+        assert_parity(problem, **changes)
+    bare = select(problem.qs, None)
+    assert bare.chosen_qs is None and bare.target_qs is None and bare.all_greedy is None
+    assert_close(bare.greedy_actions, problem.qs.argmax(-1), 0.0)
+
+
+def test_slices_along_time_are_read_in_place(caplog: pytest.LogCaptureFixture) -> None:
+    problem = Problem(4, 6, 3, 9)
+    with caplog.at_level(logging.DEBUG, "fastmix"):
+        for part in (slice(None, -1), slice(1, None), slice(None, None, 2)):
+            changes = {"avail_actions": problem.avail[:, part], "actions": problem.actions[:, part]}
+            assert_parity(problem, agent_qs=problem.qs[:, part], target_qs=problem.target_qs[:, part], **changes)
+        assert_parity(problem, agent_qs=problem.qs.transpose(0, 1), **{
+            name: t.transpose(0, 1)
+            for name, t in {"avail_actions": problem.avail, "actions": problem.actions, "target_qs": problem.target_qs}.items()
+        })  # fmt: skip
+    assert "is copied" not in caplog.text
+
+
+def test_strides_of_any_kind(caplog: pytest.LogCaptureFixture) -> None:
+    problem = Problem(4, 6, 3, 9)
+    with caplog.at_level(logging.DEBUG, "fastmix"):
+        assert_parity(
+            problem,
+            agent_qs=non_contiguous(problem.qs.detach()).requires_grad_(),
+            avail_actions=non_contiguous(problem.avail),
+            actions=non_contiguous(problem.actions),
+            target_qs=non_contiguous(problem.target_qs),
+        )
+    assert "agent_qs with strides" in caplog.text
+    assert_parity(problem, avail_actions=problem.avail[:1, :1].expand(4, 6, 3, 9))
+    (grad,) = torch.autograd.grad(problem.run("native").chosen_qs.sum(), problem.qs)  # type: ignore[union-attr]
+    (wanted,) = torch.autograd.grad(problem.run("reference").chosen_qs.sum(), problem.qs)  # type: ignore[union-attr]
+    assert_close(grad, wanted, 0.0, name="from an expanded gradient")
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ties_take_the_lowest_index(backend: str, dtype: torch.dtype) -> None:
+    for n_actions in N_ACTIONS:
+        qs = torch.zeros(n_actions, 1, n_actions, dtype=dtype)
+        avail = torch.ones(n_actions, n_actions).triu().unsqueeze(1)
+        qs[:, :, ::2] = -0.0  # equal to 0
+        picked = select(qs, avail, backend=backend).greedy_actions.squeeze(-1)
+        assert picked.tolist() == list(range(n_actions))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values(backend: str, dtype: torch.dtype) -> None:
+    nan, inf = torch.nan, torch.inf
+    qs = torch.tensor(
+        [[nan, 1, 2, inf], [1, nan, nan, inf], [-inf, -inf, -inf, -inf], [inf, -inf, nan, 3], [1, 2, 3, 4]], dtype=dtype
+    ).unsqueeze(1)
+    avail = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]).unsqueeze(1)
+    picked = select(qs, avail, backend=backend, target_qs=qs)
+    assert picked.greedy_actions.flatten().tolist() == [2, 1, 2, 1, 0]
+    expected = torch.tensor([2, nan, -inf, -inf, UNAVAILABLE], dtype=dtype).unsqueeze(1)
+    assert_close(picked.greedy_qs, expected, 0.0)
+    assert_close(picked.target_qs, expected, 0.0)  # type: ignore[arg-type]
+    # 0/0 gives a NaN whose sign bit is set on x86; it is a NaN like any other.
+    negative = -torch.tensor([[[1.0, nan, 2.0]]], dtype=dtype)
+    assert select(negative, None, backend=backend).greedy_actions.item() == 1
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_padding_reaches_no_live_row(backend: str) -> None:
+    batch = episodes(SHAPES["3m"], 4, 10)
+    qs = torch.randn(4, 11, 3, 9, requires_grad=True)
+    padded = ~batch.avail_actions.any(-1, keepdim=True)
+    assert padded.any()
+    spoilt = torch.where(padded, torch.nan, qs)
+    clean, dirty = (
+        select(q, batch.avail_actions, actions=batch.actions, target_qs=q.detach(), backend=backend)
+        for q in (qs, spoilt)
+    )
+    live = ~padded.squeeze(-1)
+    for name in ("greedy_actions", "greedy_qs", "chosen_qs", "target_qs"):
+        assert_close(getattr(dirty, name), getattr(clean, name), 0.0, name=name, mask=live)
+    assert (dirty.greedy_qs[~live] == UNAVAILABLE).all() and (dirty.target_qs[~live] == UNAVAILABLE).all()  # type: ignore[index]
+    (grad,) = torch.autograd.grad(dirty.greedy_qs.sum(), qs)
+    assert_close(grad.sum(-1), live.float(), 0.0, name="gradient")
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_outputs_without_gradient(backend: str) -> None:
+    picked = Problem(2, 3, 2, 4).run(backend, target_qs=torch.randn(2, 3, 2, 4, requires_grad=True))
+    assert [o is not None and o.requires_grad for o in picked] == [False, True, True, False, False]
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32, torch.int64])
+def test_live_rows_need_an_action(backend: str, mask_dtype: torch.dtype) -> None:
+    problem = Problem(3, 5, 2, 4)
+    avail = torch.ones_like(problem.avail)
+    avail[1, 3, 1] = False
+    mask = torch.ones(3, 5, dtype=mask_dtype)
+    with pytest.raises(ValueError, match=r"row \(1, 3\)"):
+        problem.run(backend, avail_actions=avail, mask=mask)
+    mask[1, 3] = 0
+    problem.run(backend, avail_actions=avail, mask=mask)
+    problem.run(backend, avail_actions=avail)
+    problem.run(backend, avail_actions=None, mask=torch.ones(3, 5))
+    with pytest.raises(ValueError, match=r"row \(1, 0, 3\)"):
+        problem.run(
+            backend,
+            agent_qs=problem.qs.unsqueeze(1), avail_actions=avail.unsqueeze(1), actions=None, target_qs=None,
+            mask=torch.ones(3, 1, 5),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("action", [-1, 4, 2**40])
+def test_actions_that_do_not_exist(backend: str, action: int) -> None:
+    problem = Problem(3, 5, 2, 4)
+    problem.actions[2, 1, 0] = action
+    with pytest.raises(ValueError, match=r"actions must lie in \[0, 4\), row \(2, 1\)"):
+        problem.run(backend)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"agent_qs": [1.0]}, TypeError, "agent_qs must be a torch.Tensor"),
+        ({"agent_qs": torch.zeros(3, 5, 2, 4, dtype=torch.int64)}, TypeError, "agent_qs must be a floating-point"),
+        ({"agent_qs": torch.zeros(4)}, ValueError, r"agent_qs must have shape \[..., A, U\]"),
+        ({"agent_qs": torch.zeros(3, 5, 2, 0)}, ValueError, "at least one action"),
+        ({"avail_actions": torch.ones(3, 5, 2, 3)}, ValueError, "avail_actions must have shape"),
+        ({"avail_actions": 1}, TypeError, "avail_actions must be a torch.Tensor"),
+        ({"actions": torch.zeros(3, 5, 2, 1, dtype=torch.int64)}, ValueError, "actions must have shape"),
+        ({"actions": torch.zeros(3, 5, 2, dtype=torch.int32)}, TypeError, "actions must have dtype torch.int64"),
+        ({"target_qs": torch.zeros(3, 4, 2, 4)}, ValueError, "target_qs must have shape"),
+        ({"target_qs": torch.zeros(3, 5, 2, 4, dtype=torch.float64)}, TypeError, "target_qs must have the dtype"),
+        ({"mask": torch.zeros(3, 5, 1)}, ValueError, "mask must have shape"),
+        ({"target_qs": torch.zeros(3, 5, 2, 4, device="meta")}, ValueError, "target_qs must be on the device"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_bad_input(changes: dict[str, Any], error: type[Exception], message: str, backend: str) -> None:
+    with pytest.raises(error, match=message):
+        Problem(3, 5, 2, 4).run(backend, **changes)
+
+
+def test_half_precision_takes_the_reference_and_autocast_is_float32() -> None:
+    problem = Problem(3, 5, 2, 4)
+    half = problem.qs.detach().bfloat16()
+    assert select(half, problem.avail).greedy_qs.dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="asked for, but"):
+        select(half, problem.avail, backend="native")
+    with torch.autocast("cpu", torch.bfloat16):
+        picked = problem.run("native", agent_qs=half)
+    assert picked.greedy_qs.dtype == torch.float32
+    assert_same(picked, problem.run("native", agent_qs=half.float()))
+
+
+def test_gradcheck() -> None:
+    problem = Problem(2, 3, 2, 5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda qs: (lambda s: (s.greedy_qs, s.chosen_qs))(problem.run("native", agent_qs=qs)), (problem.qs,)
+    )
+
+
+def test_second_derivative_is_refused() -> None:
+    problem = Problem(2, 3, 2, 5)
+    chosen: Tensor = problem.run("native").chosen_qs  # type: ignore[assignment]
+    (grad,) = torch.autograd.grad((chosen**2).sum(), problem.qs, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+@pytest.mark.traced
+@pytest.mark.parametrize("given", [True, False])
+def test_opcheck(given: bool) -> None:
+    problem = Problem(2, 3, 2, 5)
+    mask = torch.zeros(2, 3, dtype=torch.bool)
+    args = (problem.avail, problem.actions, problem.target_qs, mask) if given else (None, None, None, None)
+    torch.library.opcheck(torch.ops.fastmix.select.default, (problem.qs, *args))
+    greedy_qs, chosen, _, greedy, _ = torch.ops.fastmix.select(
+        problem.qs.detach(), problem.avail, problem.actions, None, None
+    )
+    torch.library.opcheck(
+        torch.ops.fastmix.select_backward.default,
+        (greedy_qs, chosen if given else None, greedy, greedy_qs, problem.actions if given else None, 5),
+    )
+
+
+@pytest.mark.traced
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_compiles_whole(backend: str) -> None:
+    problem = Problem(2, 3, 2, 5)
+
+    def step(qs: Tensor, avail: Tensor, actions: Tensor, target_qs: Tensor, mask: Tensor) -> Selection:
+        return select(qs, avail, actions=actions, target_qs=target_qs, mask=mask, backend=backend)
+
+    args = (problem.qs, problem.avail, problem.actions, problem.target_qs, torch.zeros(2, 3))
+    ours, expected = fullgraph(step)(*args), step(*args)
+    assert_same(Selection(*ours), expected)
+    for names in (("chosen_qs",), ("greedy_qs", "chosen_qs")):
+        (grad,), (wanted,) = (gradients([getattr(s, n) for n in names], [problem.qs]) for s in (ours, expected))
+        assert_close(grad, wanted, 1e-6, name=f"gradient through {names}")
+
+
+def test_function_transforms() -> None:
+    problem = Problem(2, 3, 2, 5)
+
+    def total(qs: Tensor) -> Tensor:
+        chosen: Tensor = problem.run("native", agent_qs=qs).chosen_qs  # type: ignore[assignment]
+        return chosen.sum()
+
+    grad = torch.func.grad(total)(problem.qs.detach())
+    assert_close(grad, torch.autograd.grad(total(problem.qs), problem.qs)[0], 0.0)

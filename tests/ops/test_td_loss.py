@@ -1,0 +1,231 @@
+"""`td_loss`: the compiled pass against the reference, padding, normalisers, precision, and torch's own op checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastmix.ops import td_loss
+from fastmix.ops.td_loss import TDLoss
+from fastmix.testing import assert_close
+from tests.generators import non_contiguous
+from tests.ops.support import ISAS, TOLERANCE, fullgraph, gradients, run_tests_under_isa
+
+DTYPES = (torch.float32, torch.float64)
+
+
+class Problem:
+    """Random inputs with ragged episodes."""
+
+    def __init__(self, B: int, T: int, K: int = 1, dtype: torch.dtype = torch.float32, wide: bool = False) -> None:
+        self.qs = torch.randn(B, T, K, dtype=dtype, requires_grad=True)
+        self.residual = torch.randn(B, T, K, dtype=dtype, requires_grad=True)
+        self.targets = torch.randn(B, T, K if wide else 1, dtype=dtype)
+        self.mask = (torch.arange(T) < torch.randint(0, T + 1, (B, 1))).unsqueeze(-1).to(dtype)
+        if wide:
+            self.mask = self.mask * (torch.rand(B, T, K) < 0.8)
+        self.weights = torch.rand(B, T, K, dtype=dtype)
+
+    def run(self, backend: str, **changes: Any) -> TDLoss:
+        args: dict[str, Any] = {"qs": self.qs, "targets": self.targets, "mask": self.mask} | changes
+        return td_loss(args.pop("qs"), args.pop("targets"), args.pop("mask"), backend=backend, **args)
+
+
+def assert_parity(problem: Problem, **changes: Any) -> None:
+    ours, expected = problem.run("native", **changes), problem.run("reference", **changes)
+    tolerance = TOLERANCE[problem.qs.dtype]
+    assert_close(ours.loss, expected.loss, tolerance, name="loss")
+    assert_close(ours.td_error, expected.td_error, tolerance, name="td_error")
+    assert not ours.td_error.requires_grad
+    inputs = [changes.get("qs", problem.qs)] + ([changes["residual"]] if "residual" in changes else [])
+    for i, (grad, wanted) in enumerate(
+        zip(gradients(ours.loss, inputs), gradients(expected.loss, inputs), strict=True)
+    ):
+        assert_close(grad, wanted, tolerance, name=f"gradient {i}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("K", [1, 2, 3, 27])
+def test_parity_over_columns(K: int, wide: bool, dtype: torch.dtype) -> None:
+    problem = Problem(7, 61, K, dtype, wide)
+    for weights in (None, problem.weights):
+        for residual in ({}, {"residual": problem.residual}):
+            for normaliser in (None, 13.0, torch.tensor(7.0)):
+                assert_parity(problem, weights=weights, normaliser=normaliser, scale=0.5, **residual)
+
+
+@pytest.mark.parametrize(("B", "T"), [(0, 5), (5, 0), (1, 1), (1, 255), (1, 256), (1, 257), (33, 17), (300, 300)])
+@pytest.mark.parametrize("K", [1, 3])
+def test_parity_over_sizes(B: int, T: int, K: int) -> None:
+    assert_parity(Problem(B, T, K))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa: str) -> None:
+    run_tests_under_isa(__file__, "parity_over_columns", isa)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_same_result_in_every_run(threads: int) -> None:
+    torch.set_num_threads(threads)
+    problem = Problem(200, 301)
+    assert_parity(problem)
+    losses = {problem.run("native").loss.item() for _ in range(20)}
+    assert len(losses) == 1
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 1), (1, 1, 1), (7, 1), (1,), (), (5, 7, 1), (1, 7, 3), (5, 7, 3)])
+def test_weights_broadcast(shape: tuple[int, ...]) -> None:
+    assert_parity(Problem(5, 7, 3), weights=torch.rand(shape))
+
+
+@pytest.mark.parametrize("K", [1, 4])
+def test_strides_of_any_kind(K: int) -> None:
+    whole, problem = Problem(5, 8, K), Problem(5, 7, K)
+    assert_parity(problem, qs=whole.qs[:, :-1], targets=whole.targets[:, 1:], residual=whole.residual[:, :-1])
+    assert_parity(
+        problem, qs=non_contiguous(problem.qs.detach()).requires_grad_(), targets=non_contiguous(problem.targets)
+    )
+    assert_parity(problem, mask=non_contiguous(problem.mask), weights=non_contiguous(problem.weights))
+    assert_parity(problem, qs=problem.qs.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_())
+    assert_parity(problem, mask=problem.mask[:1].expand(5, 7, 1), targets=torch.ones(1).expand(5, 7, K))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float64])
+def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
+    problem = Problem(5, 7)
+    assert_parity(problem, mask=problem.mask.to(dtype))
+
+
+def test_fractional_masks() -> None:
+    assert_parity(Problem(5, 7, 2, torch.float64), mask=torch.rand(5, 7, 1), weights=torch.rand(5, 1, 1).double())
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e38])
+def test_padding_reaches_neither_loss_nor_gradient(backend: str, value: float) -> None:
+    problem = Problem(6, 9, 2)
+    problem.mask[0, 4:] = 0
+    padded = (problem.mask == 0).expand(6, 9, 2)
+
+    def spoilt(tensor: Tensor) -> Tensor:
+        return torch.where(padded, value, tensor)
+
+    clean = problem.run(backend, residual=problem.residual, weights=problem.weights)
+    dirty = problem.run(
+        backend,
+        qs=spoilt(problem.qs), targets=spoilt(problem.targets.expand(6, 9, 2)), residual=spoilt(problem.residual),
+        weights=spoilt(problem.weights),
+    )  # fmt: skip
+    assert_close(dirty.loss, clean.loss, 0.0)
+    assert_close(dirty.td_error, clean.td_error, 0.0)
+    inputs = [problem.qs, problem.residual]
+    for grad, wanted in zip(gradients(dirty.loss, inputs), gradients(clean.loss, inputs), strict=True):
+        assert_close(grad, wanted, 0.0)
+        assert (grad[padded] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_nothing_live_is_no_loss(backend: str) -> None:
+    problem = Problem(3, 4)
+    result = problem.run(backend, mask=torch.zeros(3, 4, 1))
+    assert result.loss.item() == 0.0
+    assert (gradients(result.loss, [problem.qs])[0] == 0).all()
+
+
+def test_definition() -> None:
+    qs = torch.tensor([[[1.0, 2.0], [5.0, -1.0]]], requires_grad=True)
+    result = td_loss(qs, torch.tensor([[[0.0], [7.0]]]), torch.tensor([[[1.0], [1.0]]]), scale=0.5, backend="native")
+    assert result.td_error.tolist() == [[[1.0, 2.0], [-2.0, -8.0]]]
+    assert result.loss.item() == 0.5 * (1 + 4 + 4 + 64) / 4
+    result.loss.backward()
+    assert_close(qs.grad, result.td_error / 4, 0.0)  # type: ignore[arg-type]
+
+
+def test_sums_in_double_precision() -> None:
+    steps = 2**21
+    td = torch.full((1, steps, 1), 1.0)
+    td[0, 0] = 2.0**12  # its square is so large that single precision loses each of the others' in a running sum
+    loss = td_loss(td, torch.zeros(1, steps, 1), torch.ones(1, steps, 1), normaliser=1.0, backend="native").loss
+    assert abs(loss.item() - (2.0**24 + steps - 1)) <= 2  # the spacing of numbers of this size
+
+
+def test_gradient_scales_with_the_loss() -> None:
+    problem = Problem(3, 4)
+    (grad,) = torch.autograd.grad(3 * problem.run("native").loss, problem.qs)
+    (wanted,) = torch.autograd.grad(3 * problem.run("reference").loss, problem.qs)
+    assert_close(grad, wanted, 1e-6)
+    assert not problem.run("native", qs=problem.qs.detach()).loss.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"qs": torch.zeros(5, 7)}, ValueError, r"qs must have shape \[B, T, K\]"),
+        ({"qs": torch.zeros(5, 7, 2, dtype=torch.int64)}, TypeError, "qs must be a floating-point"),
+        ({"qs": 3.0}, TypeError, "qs must be a torch.Tensor"),
+        ({"targets": torch.zeros(5, 6, 2)}, ValueError, "targets must have shape"),
+        ({"targets": torch.zeros(5, 7, 3)}, ValueError, "targets must have shape"),
+        ({"targets": torch.zeros(5, 7, 2, dtype=torch.float64)}, TypeError, "targets must have the dtype"),
+        ({"mask": None}, TypeError, "mask must be a torch.Tensor"),
+        ({"mask": torch.zeros(5, 7)}, ValueError, "mask must have shape"),
+        ({"mask": torch.zeros(5, 7, 1, device="meta")}, ValueError, "mask must be on the device"),
+        ({"weights": torch.zeros(4, 1, 1)}, ValueError, "weights must have a shape that broadcasts"),
+        ({"weights": torch.zeros(1, 5, 7, 2)}, ValueError, "weights must have a shape that broadcasts"),
+        ({"residual": torch.zeros(5, 7, 1)}, ValueError, "residual must have shape"),
+        ({"residual": torch.zeros(5, 7, 2, dtype=torch.float64)}, TypeError, "residual must have the dtype"),
+        ({"normaliser": torch.zeros(2)}, ValueError, "normaliser must be a number"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_bad_input(changes: dict[str, Any], error: type[Exception], message: str, backend: str) -> None:
+    with pytest.raises(error, match=message):
+        Problem(5, 7, 2).run(backend, **changes)
+
+
+def test_autocast_is_float32() -> None:
+    problem = Problem(5, 7)
+    half = problem.qs.detach().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = problem.run("native", qs=half)
+    assert result.loss.dtype == result.td_error.dtype == torch.float32
+    assert_close(result.loss, problem.run("native", qs=half.float()).loss, 0.0)
+
+
+def test_gradcheck() -> None:
+    problem = Problem(3, 4, 2, torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda qs, residual: problem.run("native", qs=qs, residual=residual, weights=problem.weights).loss,
+        (problem.qs, problem.residual),
+    )
+
+
+@pytest.mark.traced
+@pytest.mark.parametrize("everything", [True, False])
+def test_opcheck(everything: bool) -> None:
+    p = Problem(3, 4, 2)
+    extras = (p.weights, p.residual, 0.5, torch.tensor(3.0)) if everything else (None, None, 1.0, None)
+    torch.library.opcheck(torch.ops.fastmix.td_loss.default, (p.qs, p.targets, p.mask, *extras, True))
+    torch.library.opcheck(
+        torch.ops.fastmix.td_loss.default, (p.qs.detach(), p.targets, p.mask, None, None, 1.0, None, False)
+    )
+
+
+@pytest.mark.traced
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_compiles_whole(backend: str) -> None:
+    problem = Problem(3, 4, 2)
+
+    def step(qs: Tensor, residual: Tensor) -> TDLoss:
+        return problem.run(backend, qs=qs, residual=residual, weights=problem.weights, normaliser=3.0)
+
+    inputs = [problem.qs, problem.residual]
+    ours, expected = fullgraph(step)(*inputs), step(*inputs)
+    assert_close(ours.loss, expected.loss, 1e-6)
+    assert_close(ours.td_error, expected.td_error, 1e-6)
+    for grad, wanted in zip(gradients(ours.loss, inputs), gradients(expected.loss, inputs), strict=True):
+        assert_close(grad, wanted, 1e-6)

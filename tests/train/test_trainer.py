@@ -1,0 +1,289 @@
+"""The training loop: its counts, its logs, and that a run which stops anywhere goes on as if it had not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastmix import envs
+from fastmix.train import checkpoint
+from fastmix.train.config import TrainConfig
+from fastmix.train.logging import read_metrics
+from fastmix.train.trainer import CHECKPOINT_FOLDER, Interrupted, Progress, Trainer, load_run
+from tests.train.ragged import make_ragged
+
+SMALL = {"batch_size": 6, "buffer_size": 20, "batch_size_run": 4, "rnn_hidden_dim": 8, "epsilon_anneal_time": 200,
+         "mixing_embed_dim": 4, "hypernet_embed": 8, "target_update_interval": 8}  # fmt: skip
+MATRIX = TrainConfig(
+    env="matrix:stochastic",
+    t_max=160,
+    test_interval=50,
+    log_interval=40,
+    checkpoint_interval=32,
+    test_nepisode=4,
+    overrides=SMALL,
+)
+RAGGED = replace(
+    MATRIX, env="ragged:x", t_max=700, test_interval=150, log_interval=100, checkpoint_interval=90, bucket=4
+)
+
+
+@pytest.fixture(autouse=True)
+def _ragged_env(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(envs.REGISTRY, "ragged", make_ragged)
+    torch.set_num_threads(1)
+
+
+def final_state(trainer: Trainer) -> dict[str, Any]:
+    """Everything a checkpoint holds, less the clock."""
+    state = trainer.state_dict()
+    for name in ("wall_s", "log_offset"):
+        del state["counters"][name]
+    return state
+
+
+def assert_identical(a: Any, b: Any, where: str = "state") -> None:
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_identical(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, np.ndarray):
+        np.testing.assert_array_equal(a, b, err_msg=where)
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_identical(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+class Killed(Exception):  # noqa: N818 - what happens to a run, not an error
+    """Stands in for a kill: nothing after it runs."""
+
+
+def killed_after(t_env: int) -> Progress:
+    def on_progress(now: int) -> bool:
+        if now >= t_env:
+            raise Killed
+        return False
+
+    return on_progress
+
+
+CONFIGS = {
+    "qmix": replace(MATRIX, algo="qmix"),
+    "vdn pymarl": replace(MATRIX, algo="vdn", preset="pymarl"),
+    "epymarl": replace(MATRIX, algo="qmix", preset="epymarl"),
+    "ragged qmix": replace(RAGGED, algo="qmix"),
+    "ragged iql, two updates": replace(RAGGED, algo="iql", updates_per_round=2, stored_termination="pymarl"),
+    "ragged prioritised": replace(RAGGED, algo="qmix", overrides=SMALL | {"use_per": True}),
+    "float16 replay": replace(RAGGED, algo="vdn", replay_obs_dtype="float16", epsilon_decay="exp"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_killed_run_ends_as_one_that_was_never_killed(tmp_path: Path, name: str) -> None:
+    config = CONFIGS[name]
+    whole = Trainer(config, tmp_path / "whole")
+    whole.run()
+    assert config.t_max is not None
+    for kill_at in (1, config.t_max // 3, config.t_max // 2, config.t_max - 5):
+        with pytest.raises(Killed):
+            Trainer(config, tmp_path / "killed", on_progress=killed_after(kill_at)).run()
+        # What happens to torch's own generator in between must not matter.
+        torch.manual_seed(kill_at)
+    resumed = Trainer(config, tmp_path / "killed")
+    assert 0 < resumed.counters.t_env < config.t_max
+    resumed.run()
+    assert whole.counters.updates > 10
+    assert_identical(final_state(whole), final_state(resumed))
+    a, b = (read_metrics(tmp_path / folder / "metrics.jsonl") for folder in ("whole", "killed"))
+    clock = ("wall_s", "env_steps_per_s", "updates_per_s")
+    assert [{k: v for k, v in r.items() if k not in clock} for r in a] == [
+        {k: v for k, v in r.items() if k not in clock} for r in b
+    ]
+
+
+def test_resuming_matters_for_every_part(tmp_path: Path) -> None:
+    """The comparison above can fail: leave any part of a checkpoint out, and the run ends elsewhere."""
+    config = CONFIGS["ragged qmix"]
+    whole = Trainer(config, tmp_path / "whole")
+    whole.run()
+    with pytest.raises(Killed):
+        Trainer(config, tmp_path / "killed", on_progress=killed_after(400)).run()
+    saved = checkpoint.load(checkpoint.list_checkpoints(tmp_path / "killed" / CHECKPOINT_FOLDER)[-1])
+    for part in ("algo", "replay", "rollout"):
+        forgetful = Trainer(config, tmp_path / f"forgets-{part}")
+        forgetful.load_state_dict({**saved, part: forgetful.state_dict()[part]})
+        forgetful.run()
+        ends = [trainer.algo.state_dict()["agent.fc1.weight"] for trainer in (whole, forgetful)]
+        assert not torch.equal(*ends), part
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(tmp_path: Path) -> None:
+    runs = []
+    for i, seed in enumerate((3, 3, 4)):
+        trainer = Trainer(replace(MATRIX, seed=seed), tmp_path / str(i))
+        trainer.run()
+        runs.append(trainer.algo.state_dict()["agent.fc1.weight"])
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_rounds_updates_and_target_copies_are_pymarls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(replace(MATRIX, updates_per_round=2), tmp_path)
+    events: list[tuple[str, int]] = []
+
+    def noted(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            events.append((kind, trainer.counters.episodes))
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(trainer.algo, "step", noted("step", trainer.algo.step))
+    monkeypatch.setattr(trainer.algo, "update_targets", noted("copy", trainer.algo.update_targets))
+    result = trainer.run()
+    # 4 episodes a round; the buffer has a batch of 6 after the second round; episodes are counted before the round is.
+    steps = [episodes for kind, episodes in events if kind == "step"]
+    assert steps == [e for e in range(4, 160, 4) for _ in range(2)]
+    assert [episodes for kind, episodes in events if kind == "copy"] == list(range(8, 160, 8))
+    # The copy comes straight after the first step that is due.
+    assert events[events.index(("copy", 8)) - 1] == ("step", 8) and ("step", 8) in events[events.index(("copy", 8)) :]
+    assert (result["t_env"], result["episodes"], result["updates"]) == (160, 160, len(steps))
+
+
+def test_what_is_logged(tmp_path: Path) -> None:
+    Trainer(MATRIX, tmp_path).run()
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    tests = [r for r in records if "test_return_mean" in r]
+    trains = [r for r in records if "loss" in r]
+    assert [r["t_env"] for r in tests] == [0, 52, 104, 156, 160]
+    assert [r["t_env"] for r in trains] == [40, 80, 120, 160]
+    for record in trains:
+        assert record["env_steps_per_s"] > 0 and record["updates_per_s"] > 0
+        assert record["buffer_episodes"] == 20
+        assert record["replay_ratio"] == pytest.approx(record["updates"] * 6 / record["episodes"])
+        assert {
+            "epsilon",
+            "grad_norm",
+            "td_error_abs",
+            "q_tot_mean",
+            "target_mean",
+            "return_mean",
+            "wall_s",
+        } <= record.keys()
+    assert trains[1]["epsilon"] == pytest.approx(1 - 0.95 * 80 / 200)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["train"]["env"] == "matrix:stochastic" and config["algorithm"]["batch_size"] == 6
+
+
+def test_checkpoints_are_pruned_and_the_last_step_has_one(tmp_path: Path) -> None:
+    Trainer(replace(MATRIX, keep_checkpoints=3), tmp_path).run()
+    names = [path.name for path in checkpoint.list_checkpoints(tmp_path / CHECKPOINT_FOLDER)]
+    assert names == [f"checkpoint-{t:012d}.safetensors" for t in (96, 128, 160)]
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    first = Trainer(MATRIX, tmp_path)
+    first.run()
+    again = Trainer(MATRIX, tmp_path)
+    again.run()
+    assert_identical(final_state(first), final_state(again))
+
+
+def test_best_and_latest_can_be_loaded(tmp_path: Path) -> None:
+    trainer = Trainer(MATRIX, tmp_path)
+    result = trainer.run()
+    config, algo, t_env = load_run(tmp_path)
+    assert config == MATRIX and t_env == 160
+    assert_identical(algo.state_dict(), trainer.algo.state_dict())
+    _, best, best_at = load_run(tmp_path, "best")
+    tests = {
+        r["t_env"]: r["test_return_mean"] for r in read_metrics(tmp_path / "metrics.jsonl") if "test_return_mean" in r
+    }
+    del tests[0]  # nothing learnt yet
+    assert tests[best_at] == max(tests.values()) == result["best_return"]
+    assert best.state_dict().keys() == algo.state_dict().keys()
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        load_run(tmp_path / "nowhere")
+
+
+def test_another_config_does_not_continue_a_run(tmp_path: Path) -> None:
+    Trainer(MATRIX, tmp_path).run()
+    with pytest.raises(ValueError, match="seed = 0, and it would now be 1"):
+        Trainer(replace(MATRIX, seed=1), tmp_path)
+    with pytest.raises(ValueError, match="overrides"):
+        Trainer(replace(MATRIX, overrides=SMALL | {"lr": 0.1}), tmp_path)
+
+
+def test_the_constructor_writes_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    Trainer(MATRIX, tmp_path / "run", announce=said.append)
+    assert not (tmp_path / "run").exists()
+    assert any("replay buffer: 20 episodes" in line for line in said)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, None])
+def test_stopping_checkpoints(tmp_path: Path, number: signal.Signals | None) -> None:
+    def on_progress(t_env: int) -> bool:
+        if t_env == 56 and number is not None:
+            os.kill(os.getpid(), number)
+        return t_env == 56 and number is None
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match="56 of 160"):
+        Trainer(MATRIX, tmp_path / "stopped", on_progress=on_progress).run()
+    assert signal.getsignal(signal.SIGINT) is before
+    resumed = Trainer(MATRIX, tmp_path / "stopped")
+    assert resumed.counters.t_env == 56
+    resumed.run()
+    whole = Trainer(replace(MATRIX), tmp_path / "whole")
+    whole.run()
+    assert_identical(final_state(whole)["algo"], final_state(resumed)["algo"])
+
+
+def test_divergence_stops_with_advice(tmp_path: Path) -> None:
+    trainer = Trainer(MATRIX, tmp_path)
+    for parameter in trainer.algo.networks["agent"].parameters():
+        parameter.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="the loss is nan at 40 environment steps; lower --lr"):
+        trainer.run()
+
+
+def test_the_loop_learns(tmp_path: Path) -> None:
+    """VDN on a game without traps: additive payoffs, best joint action (2, 1)."""
+    path = tmp_path / "easy.json"
+    path.write_text(json.dumps({"payoff": [[0, 1, 0], [1, 2, 1], [3, 4, 3]]}))
+    overrides = SMALL | {"batch_size": 32, "buffer_size": 500, "lr": 1e-2}
+    config = TrainConfig(algo="vdn", env=f"matrix:@{path}", t_max=1600, overrides=overrides)
+    result = Trainer(config, tmp_path / "run").run()
+    assert result["test_return_mean"] == 4.0
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the size of the process from Linux's /proc")
+def test_memory_stays_flat(tmp_path: Path) -> None:
+    trainer = Trainer(replace(RAGGED, t_max=10**6, checkpoint_interval=10**6, test_interval=10**6), tmp_path)
+
+    def resident_kb() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1000
+
+    for _ in range(60):
+        trainer._round()
+    before = resident_kb()
+    for _ in range(150):
+        trainer._round()
+    # Keeping anything per round (a graph, a batch) would show: a batch of this size is some 50 kB.
+    assert resident_kb() - before < 4_000
