@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 from fastmix.ops.monotonic import MonotonicParams, reference
-from fastmix.testing import assert_close
+from fastmix.testing import assert_close, golden
 from tests.generators import Shape, monotonic_params
 
 
@@ -82,3 +84,12 @@ def check(problem: Problem, tolerance: float, *, grads: float | None = None) -> 
         assert grad.shape == value.shape and grad.dtype == value.dtype and grad.device == value.device
         allowed = (grads or tolerance) * (10.0 if grad.numel() <= 4 else 1.0)
         assert_close(grad, expected_grads[name], allowed, name=f"gradient of {name}")
+
+
+def golden_files() -> list[Any]:
+    """The reference numbers of everything that is this op and no other."""
+    folder = golden.folder(Path(__file__).parents[1] / "golden")
+    files = [golden.load(path) for path in sorted(folder.glob("**/*.npz"))]
+    return [
+        pytest.param(file, id=file.name) for file in files if file.kind in ("qmix", "nmix", "qmix_noabs", "resq.qmixer")
+    ]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fastmix import backends
 from fastmix.ops.monotonic import POSITIVITIES, MonotonicParams, reference
-from fastmix.testing import assert_close, golden, poisoned_allocations
+from fastmix.testing import assert_close, poisoned_allocations
+from fastmix.testing.golden import Golden
 from tests.generators import non_contiguous
-from tests.golden_rules import Setting, check_mixer
-from tests.triton.problem import Problem, check, make
+from tests.golden_rules import Rule, Setting, find_rule
+from tests.triton.problem import Problem, check, golden_files, make
 
 pytestmark = [
     pytest.mark.gpu,
@@ -246,22 +247,15 @@ def test_a_device_that_is_not_current() -> None:
         assert_close(a, b, 1e-6)
 
 
-FOLDER = golden.folder(Path(__file__).parents[1] / "golden")
-KINDS = ("qmix", "nmix", "qmix_noabs", "resq.qmixer")
-
-
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("**/*.npz")), ids=lambda path: path.stem)
-def test_reference_numbers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastmix.ops.monotonic import triton as kernels
-
-    file = golden.load(path)
-    if file.kind not in KINDS:
-        pytest.skip(f"{file.kind} does not mix monotonically by itself")
-
-    def through_triton(agent_qs: Tensor, states: Tensor, params: MonotonicParams, **settings: Any) -> Tensor:
-        flat = kernels.monotonic(agent_qs.flatten(0, -2), states.flatten(0, -2), params, **settings)
-        return flat.view(*agent_qs.shape[:-1], 1)
-
+@pytest.mark.parametrize("file", golden_files())
+def test_reference_numbers(file: Golden) -> None:
     torch.set_float32_matmul_precision("highest")
-    monkeypatch.setattr("fastmix.mixers.qmix.monotonic", through_triton)
-    check_mixer(file, Setting("reference", torch.float32, "cuda"))
+    rule = find_rule(file)
+    assert isinstance(rule, Rule)
+    rule.run(file, Setting("triton", torch.float32, "cuda"))
+
+
+def test_automatic_choice() -> None:
+    problem = make(3, 9, 24, E=4, H=5).to("cuda")
+    assert backends.resolve("monotonic", problem.agent_qs) == "triton"
+    assert backends.resolve("monotonic", problem.agent_qs.double()) == "reference"

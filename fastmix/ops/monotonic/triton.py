@@ -131,17 +131,15 @@ def forward_launch(rows: int, sizes: Sizes, precision: str, device: torch.device
     """
     most = 64 if precision == "tf32x3" or sizes.layers == 1 else 128
     BM = _rows_per_program(rows, most, sizes.EP, device)
-    return Launch(BM, 8 if BM == 128 or sizes.EP > 32 or sizes.layers == 1 else 4, 2)
+    if BM == 32 and sizes.EP <= 32 and sizes.layers == 2:
+        BM = 16  # too few for the wide matrix instructions as well, and does not spill
+    large = BM == 128 or (BM == 64 and precision == "tf32x3")
+    return Launch(BM, 8 if large or sizes.EP > 32 or sizes.layers == 1 else 4, 2)
 
 
 def fused_launch(rows: int, sizes: Sizes, precision: str, device: torch.device) -> Launch:
-    """Tiles of `mix_kernel` with the first layer inside, which holds ``2 * KP + 2 * EP`` accumulators a row.
-
-    With 32 rows, too few for the wide matrix instructions, these spill; 16 rows are then the better ones.
-    """
+    """Tiles of `mix_kernel` with the first layer inside, which holds ``2 * KP + 2 * EP`` accumulators a row."""
     BM = forward_launch(rows, sizes, precision, device).BM
-    if BM == 32 and sizes.layers == 2:
-        BM = 16
     return Launch(BM, 8 if BM >= 64 or sizes.EP > 32 or sizes.layers == 1 else 4, 3)
 
 

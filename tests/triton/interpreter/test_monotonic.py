@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +11,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+import fastmix
+from fastmix import backends
 from fastmix.ops import _triton
-from fastmix.ops.monotonic import POSITIVITIES, MonotonicParams
+from fastmix.ops.monotonic import POSITIVITIES, MonotonicParams, monotonic
 from fastmix.ops.monotonic import triton as kernels
-from fastmix.testing import assert_close, golden, poisoned_allocations, rms_ratio
+from fastmix.testing import assert_close, poisoned_allocations, rms_ratio
+from fastmix.testing.golden import Golden
 from tests.generators import non_contiguous
-from tests.golden_rules import Setting, check_mixer
-from tests.triton.problem import Problem, check, make, solve
+from tests.golden_rules import Rule, Setting, find_rule
+from tests.triton.problem import Problem, check, golden_files, make, solve
 
 FLOAT32 = 1e-6
 KINKS = 3e-2
@@ -273,24 +275,21 @@ def test_device_functions_are_exact(beta: float) -> None:
         assert (actual[~normal].abs() < 1e-35).all()
 
 
-FOLDER = golden.folder(Path(__file__).parents[2] / "golden")
-KINDS = ("qmix", "nmix", "qmix_noabs", "resq.qmixer")
+@pytest.mark.parametrize("file", golden_files())
+def test_reference_numbers(file: Golden) -> None:
+    rule = find_rule(file)
+    assert isinstance(rule, Rule)
+    rule.run(file, Setting("triton", torch.float32, "cpu"))
 
 
-def _files() -> list[Any]:
-    found = [(path, golden.load(path)) for path in sorted(FOLDER.glob("**/*.npz"))]
-    return [pytest.param(g, id=path.stem) for path, g in found if g.kind in KINDS]
-
-
-@pytest.mark.parametrize("file", _files())
-def test_reference_numbers(file: golden.Golden, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def through_triton(agent_qs: Tensor, states: Tensor, params: MonotonicParams, **settings: Any) -> Tensor:
-        calls.append(settings)
-        flat = kernels.monotonic(agent_qs.flatten(0, -2), states.flatten(0, -2), params, **settings)
-        return flat.view(*agent_qs.shape[:-1], 1)
-
-    monkeypatch.setattr("fastmix.mixers.qmix.monotonic", through_triton)
-    check_mixer(file, Setting("reference", torch.float32, "cpu"))
-    assert calls
+def test_the_public_function_reaches_the_kernels() -> None:
+    """With any leading dimensions, and only when asked for: on the CPU it is never chosen."""
+    problem = make(3, 9, 24, E=4, H=5)
+    q, s = problem.agent_qs.view(2, 3, 4, 3), problem.states.view(2, 3, 4, 9)
+    expected, _ = solve(problem)
+    with torch.no_grad(), fastmix.backend("triton"):
+        out = monotonic(q, s, problem.params)
+    assert_close(out, expected.view(2, 3, 4, 1), FLOAT32)
+    assert backends.resolve("monotonic", q) != "triton"
+    with pytest.raises(RuntimeError, match="got torch"):
+        monotonic(*problem.to("cpu", torch.float64)[:3], backend="triton")
