@@ -43,7 +43,7 @@ def monotonic(
 
     Returns:
         ``[..., 1]``, differentiable once in ``agent_qs``, ``states`` and every parameter. Under autocast half-precision
-        arguments are promoted to float32 and so is the result.
+        arguments are promoted to float32 and so is the result; on backend ``"triton"`` products have autocast's dtype.
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or value.
@@ -63,13 +63,18 @@ def monotonic(
     if len(leading) not in (1, 2):
         agent_qs = agent_qs.reshape(leading.numel(), agent_qs.shape[-1])
         states = states.reshape(leading.numel(), states.shape[-1])
-    if backends.resolve("monotonic", agent_qs, backend) == "native":
+    chosen = backends.resolve("monotonic", agent_qs, backend)
+    if chosen == "native":
         q_tot = native.monotonic(agent_qs, states, params, positivity, beta)
         return q_tot if len(leading) in (1, 2) else q_tot.reshape(*leading, 1)
     rows = leading.numel()
-    flat = reference.monotonic(
-        agent_qs.reshape(rows, agent_qs.shape[-1]), states.reshape(rows, states.shape[-1]), params, positivity, beta
-    )
+    agent_qs, states = agent_qs.reshape(rows, agent_qs.shape[-1]), states.reshape(rows, states.shape[-1])
+    if chosen == "triton":
+        from fastmix.ops.monotonic import triton  # here, as it imports Triton
+
+        flat = triton.monotonic(agent_qs, states, params, positivity, beta)
+    else:
+        flat = reference.monotonic(agent_qs, states, params, positivity, beta)
     return flat.reshape(*leading, 1)
 
 
@@ -89,7 +94,9 @@ def _check_types(agent_qs: Tensor, states: Tensor, params: MonotonicParams) -> N
             _checks.check_tensor(f"params.{name}", tensor)
     absent = [name for name in _HIDDEN if getattr(params, name) is None]
     if absent and len(absent) < len(_HIDDEN):
-        raise ValueError(f"params must have all hidden layers or none, but {', '.join(absent)} are None and others are not")
+        raise ValueError(
+            f"params must have all hidden layers or none, but {', '.join(absent)} are None and others are not"
+        )
     _checks.check_floating("agent_qs", agent_qs)
 
 
