@@ -57,6 +57,12 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@cache
+def has_wide_products(device: torch.device) -> bool:
+    """Whether four warps multiply together out of shared memory (Hopper and newer), which spares registers."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 @contextmanager
 def launching(tensor: Tensor) -> Iterator[None]:
     """Kernels inside are launched on the device of ``tensor``, and library products keep the dtype of their factors."""

@@ -36,6 +36,7 @@ from fastmix.ops._triton import (
     dot_precision,
     elu,
     elu_slope,
+    has_wide_products,
     launching,
     multiprocessors,
     next_power,
@@ -127,13 +128,15 @@ def forward_launch(rows: int, sizes: Sizes, precision: str, device: torch.device
     """Tiles of `mix_kernel` after a library product.
 
     One wave at 15,360 rows is 120 programs of 128 rows; fewer rows get smaller tiles so that every multiprocessor has
-    one, down to 16. Three products for one, or blocks of the state in flight, leave registers for half of it.
+    one, down to 16. Three products for one, blocks of the state in flight, or operands in registers as before Hopper
+    leave room for half of it.
     """
-    most = 64 if precision == "tf32x3" or sizes.layers == 1 else 128
+    wide = has_wide_products(device)
+    most = 128 if wide and precision != "tf32x3" and sizes.layers == 2 else 64
     BM = _rows_per_program(rows, most, sizes.EP, device)
     if BM == 32 and sizes.EP <= 32 and sizes.layers == 2:
         BM = 16  # too few for the wide matrix instructions as well, and does not spill
-    large = BM == 128 or (BM == 64 and precision == "tf32x3")
+    large = BM == 128 or (BM == 64 and (precision == "tf32x3" or not wide))
     return Launch(BM, 8 if large or sizes.EP > 32 or sizes.layers == 1 else 4, 2)
 
 
@@ -720,13 +723,17 @@ def _backward_fake(grad: Tensor, agent_qs: Tensor, states: Tensor, *rest: Any) -
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     params = MonotonicParams(*inputs[2:16])
     ctx.hidden = 0 if params.w1_hidden_weight is None else params.w1_hidden_weight.shape[0]
-    ctx.positivity, ctx.beta, _ = inputs[16:]
-    ctx.save_for_backward(*inputs[:2], *output[1:], params.w1_bias, params.w2_bias, params.v_weight)
+    ctx.positivity, ctx.beta, ctx.saved = inputs[16:]
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    if ctx.saved:
+        ctx.save_for_backward(*inputs[:2], *output[1:], params.w1_bias, params.w2_bias, params.v_weight)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
+    if not ctx.saved:
+        raise RuntimeError("fastmix::monotonic_triton was called with save=False and cannot be differentiated")
     if grad is None:
         return (None,) * len(needs)
     wants_weights = any(needs[2:16])

@@ -229,6 +229,13 @@ def test_operator_is_sound() -> None:
         torch.library.opcheck(torch.ops.fastmix.monotonic_triton.default, args, rtol=1e-4, atol=1e-5)
 
 
+def test_nothing_saved_nothing_differentiated() -> None:
+    problem = make(2, 9, 20, E=4, H=5)
+    out, *_ = torch.ops.fastmix.monotonic_triton(*problem[:2], *problem.params, 0, 1.0, False)
+    with pytest.raises(RuntimeError, match="save=False"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 def test_compiles_without_a_graph_break(layers: int) -> None:
     problem = make(2, 9, 20, E=4, H=5, layers=layers)
