@@ -105,9 +105,12 @@ def compile_case(case: Case, precision: str, architecture: int) -> dict[str, Com
     outer = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(setting)
     try:
-        with torch.no_grad(), launches_compile(architecture) as kernels:
-            with mock.patch.object(monotonic, "has_wide_products", lambda device: architecture >= 90):
-                _call(case, dtype)
+        with (
+            torch.no_grad(),
+            launches_compile(architecture) as kernels,
+            mock.patch.object(monotonic, "has_wide_products", lambda device: architecture >= 90),
+        ):
+            _call(case, dtype)
     finally:
         torch.set_float32_matmul_precision(outer)
     return {name: _inspect(name, kernel, arguments, architecture) for name, (kernel, arguments) in kernels.items()}

@@ -143,6 +143,8 @@ def forward_launch(rows: int, sizes: Sizes, precision: str, device: torch.device
 def fused_launch(rows: int, sizes: Sizes, precision: str, device: torch.device) -> Launch:
     """Tiles of `mix_kernel` with the first layer inside, which holds ``2 * KP + 2 * EP`` accumulators a row."""
     BM = forward_launch(rows, sizes, precision, device).BM
+    if precision == "tf32x3" and not has_wide_products(device):
+        BM = 16
     return Launch(BM, 8 if BM >= 64 or sizes.EP > 32 or sizes.layers == 1 else 4, 3)
 
 
