@@ -1,7 +1,8 @@
 """Compile every Triton kernel without a GPU, on the road a launch takes, and tell what the code needs.
 
-    python -m tests.triton.offline            # all cases; rewrites tests/triton/compiled.json and prints the tables
+    python -m tests.triton.offline            # all cases into tests/triton/compiled.json, beside other versions of Triton
     python -m tests.triton.offline --check    # compares with the file instead
+    python -m tests.triton.offline --table    # prints the file as Markdown, compiles nothing
 
 The host code of an op runs on CPU tensors while launches are turned into compilations for a chosen architecture: block
 sizes, specialisation on strides and alignment, and options are those of a real call. Registers and spills are read from
@@ -234,22 +235,44 @@ def key(case: Case, precision: str, architecture: int, kernel: str) -> str:
 
 
 def recorded_spills() -> dict[str, int]:
-    """Bytes per key, the largest of the recorded Triton versions."""
+    """Bytes per key, the largest of the recorded versions of Triton where this one is not recorded."""
+    tables = json.loads(FILE.read_text())
     allowed: dict[str, int] = {}
-    for table in json.loads(FILE.read_text()).values():
+    for table in [tables[triton.__version__]] if triton.__version__ in tables else tables.values():
         for name, entry in table.items():
             allowed[name] = max(allowed.get(name, 0), entry["spills"])
     return allowed
+
+
+def markdown() -> str:
+    """The file with one row a case and kernel, and in each cell rows and warps of a tile, registers / spills."""
+    lines = []
+    for version, table in json.loads(FILE.read_text()).items():
+        rows: dict[str, dict[str, str]] = {}
+        for name, entry in table.items():
+            architecture, case, precision, kernel = name.split(" | ")
+            if kernel not in NO_PRODUCTS:
+                cell = f"{entry['block']}x{entry['warps']}w {entry['registers']}/{entry['spills']} {entry['tensor']}"
+                rows.setdefault(f"{case} | {kernel.removesuffix('_kernel')}", {})[f"{architecture} {precision}"] = cell
+        columns = sorted({column for row in rows.values() for column in row})
+        lines += [f"Triton {version}", "", "| case | kernel | " + " | ".join(columns) + " |"]
+        lines.append("|---" * (2 + len(columns)) + "|")
+        lines += [f"| {row} | " + " | ".join(cells.get(c, "") for c in columns) + " |" for row, cells in rows.items()]
+    return "\n".join(lines)
 
 
 def main() -> int:
     """Compile everything; write or compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the file instead of rewriting it")
+    parser.add_argument("--table", action="store_true", help="print the file and stop")
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES)
     parser.add_argument("--precision", nargs="*", default=list(PRECISIONS))
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(markdown())
+        return 0
     table: dict[str, Any] = {}
     problems = []
     allowed = recorded_spills() if arguments.check else {}

@@ -40,14 +40,14 @@ def test_record_is_complete() -> None:
     """Each recorded version of Triton has every case, and the usual shapes spill nowhere."""
     tables = json.loads(offline.FILE.read_text())
     assert tables
-    cases = {str(case) for case in offline.CASES}
+    wanted = {
+        offline.key(case, precision, architecture, "mix_kernel")
+        for case in offline.CASES
+        for precision in offline.PRECISIONS
+        for architecture in offline.ARCHITECTURES
+    }
     for version, table in tables.items():
-        for architecture in offline.ARCHITECTURES:
-            for precision in offline.PRECISIONS:
-                recorded = {
-                    key.split(" | ")[1] for key in table if f"sm_{architecture} |" in key and f"| {precision} |" in key
-                }
-                assert recorded == cases, (version, architecture, precision)
+        assert wanted <= set(table), version
         for key, entry in table.items():
             assert "64 agents" in key or entry["spills"] == 0, (version, key, entry)
 
