@@ -1,6 +1,6 @@
 """Compile every Triton kernel without a GPU, on the road a launch takes, and tell what the code needs.
 
-    python -m tests.triton.offline            # all cases into tests/triton/compiled.json, beside other versions of Triton
+    python -m tests.triton.offline            # all cases into tests/triton/compiled.json, a part for each Triton
     python -m tests.triton.offline --check    # compares with the file instead
     python -m tests.triton.offline --table    # prints the file as Markdown, compiles nothing
 
