@@ -171,8 +171,8 @@ def _rows_per_program(rows: int, most: int, EP: int, device: torch.device) -> in
 def _row_blocks_per_part(rows: int, block: int, programs: int, device: torch.device) -> int:
     """How many blocks of rows one program of `weight_gradient_kernel` adds up: a power of two, to compile it rarely.
 
-    Enough programs for eight on each multiprocessor, which wait for memory in turns; each further part is one more write
-    and read of all weight gradients.
+    Enough programs for eight on each multiprocessor, which wait for memory in turns; each further part is one more
+    write and read of all weight gradients.
     """
     blocks = -(-rows // block)
     wanted_parts = max(1, 8 * multiprocessors(device) // programs)
