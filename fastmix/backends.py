@@ -87,9 +87,13 @@ def available(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
     return tuple(name for name in TABLE[op].get(device, ("reference",)) if not _obstacle(op, name, device, dtype))
 
 
-@torch.compiler.assume_constant_result  # a constant in compiled code, made by running the function, not by tracing it
 def _resolve(op: str, device: str, dtype: torch.dtype, chosen: str | None) -> str:
     return _decide(op, device, dtype, chosen)
+
+
+# A constant in compiled code, made by running the function, not by tracing it. This is all that
+# torch.compiler.assume_constant_result does, which would import torch._dynamo here, and that imports Triton.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
