@@ -7,6 +7,7 @@ precedence) works or raises; it never falls back quietly.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
@@ -26,8 +27,11 @@ TABLE: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     op: {"cpu": ("native", "reference"), "cuda": ("native", "reference") if op == "returns" else ("reference",)}
     for op in ("select", "returns", "recurrent", "monotonic", "td_loss", "optimise")
 }
+# On the CPU Triton only interprets, for tests; it is never chosen there.
+TABLE["monotonic"] = {"cpu": ("native", "reference", "triton"), "cuda": ("triton", "reference")}
 
 NATIVE_DTYPES: Final = (torch.float32, torch.float64)
+TRITON_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 
 _chosen: str | None = None  # by backend(); a plain global, which torch.compile guards on
 
@@ -73,16 +77,33 @@ def cuda_problem() -> str | None:
     return "the compiled core was built without CUDA; install a CUDA toolkit (nvcc) and reinstall fastmix"
 
 
-def available(op: str, device: str = "cpu") -> tuple[str, ...]:
-    """Backends that can run ``op`` on ``device`` here (float32), the preferred one first."""
-    return tuple(
-        name for name in TABLE[op].get(device, ("reference",)) if not _obstacle(op, name, device, torch.float32)
-    )
+@cache
+def triton_problem(device: str) -> str | None:
+    """Why Triton kernels cannot run on ``device``, or None when they can; does not import Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install 'fastmix[triton]'"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device == "cpu":
+        return None if interpreted else "Triton runs on the CPU only in its interpreter (TRITON_INTERPRET=1)"
+    if interpreted:
+        return "TRITON_INTERPRET=1 is set, and Triton's interpreter runs on the CPU"
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        return "its products need a GPU of compute capability 8.0 or newer"
+    return None
 
 
-@torch.compiler.assume_constant_result  # a constant in compiled code, made by running the function, not by tracing it
+def available(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+    """Backends that can run ``op`` on ``device`` here, the preferred one first."""
+    return tuple(name for name in TABLE[op].get(device, ("reference",)) if not _obstacle(op, name, device, dtype))
+
+
 def _resolve(op: str, device: str, dtype: torch.dtype, chosen: str | None) -> str:
     return _decide(op, device, dtype, chosen)
+
+
+# A constant in compiled code, made by running the function, not by tracing it. This is all that
+# torch.compiler.assume_constant_result does, which would import torch._dynamo here, and that imports Triton.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
@@ -107,8 +128,11 @@ def _obstacle(op: str, name: str, device: str, dtype: torch.dtype) -> str | None
         return None
     if name not in TABLE[op].get(device, ()):
         return f"{op} has no {name!r} backend on device {device!r}"
-    if dtype not in NATIVE_DTYPES:
-        return f"{op} on {name!r} takes {' or '.join(map(str, NATIVE_DTYPES))}, got {dtype}"
+    dtypes = TRITON_DTYPES if name == "triton" else NATIVE_DTYPES
+    if dtype not in dtypes:
+        return f"{op} on {name!r} takes {' or '.join(map(str, dtypes))}, got {dtype}"
+    if name == "triton":
+        return triton_problem(device)
     return core_problem() or (cuda_problem() if device == "cuda" else None)
 
 

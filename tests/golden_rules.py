@@ -113,10 +113,10 @@ class Rule:
         devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
         for device in devices if self.ops else ["cpu"]:
             for backend in backends.NAMES:
-                if all(backend in backends.available(op, device) for op in self.ops) and (
-                    self.ops or backend == "reference"
-                ):
-                    for dtype in self.dtypes:
+                for dtype in self.dtypes:
+                    if all(backend in backends.available(op, device, dtype) for op in self.ops) and (
+                        self.ops or backend == "reference"
+                    ):
                         yield Setting(backend, dtype, device)
 
     def run(self, golden: Golden, setting: Setting) -> None:

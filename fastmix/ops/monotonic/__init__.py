@@ -46,7 +46,7 @@ def monotonic(
 
     Returns:
         ``[..., 1]``, differentiable once in ``agent_qs``, ``states`` and every parameter. Under autocast half-precision
-        arguments are promoted to float32 and so is the result.
+        arguments are promoted to float32 and so is the result; on backend ``"triton"`` products have autocast's dtype.
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or value.
@@ -70,13 +70,18 @@ def monotonic(
     if len(leading) not in (1, 2):
         agent_qs = agent_qs.reshape(leading.numel(), agent_qs.shape[-1])
         states = states.reshape(leading.numel(), states.shape[-1])
-    if backends.resolve("monotonic", agent_qs, backend) == "native":
+    chosen = backends.resolve("monotonic", agent_qs, backend)
+    if chosen == "native":
         q_tot = native.monotonic(agent_qs, states, params, positivity, beta)
         return q_tot if len(leading) in (1, 2) else q_tot.reshape(*leading, 1)
     rows = leading.numel()
-    flat = reference.monotonic(
-        agent_qs.reshape(rows, agent_qs.shape[-1]), states.reshape(rows, states.shape[-1]), params, positivity, beta
-    )
+    agent_qs, states = agent_qs.reshape(rows, agent_qs.shape[-1]), states.reshape(rows, states.shape[-1])
+    if chosen == "triton":
+        from fastmix.ops.monotonic import triton  # here, as it imports Triton
+
+        flat = triton.monotonic(agent_qs, states, params, positivity, beta)
+    else:
+        flat = reference.monotonic(agent_qs, states, params, positivity, beta)
     return flat.reshape(*leading, 1)
 
 

@@ -1,0 +1,95 @@
+"""One problem of `monotonic` and its solution in float64, for the interpreter and for a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastmix.ops.monotonic import MonotonicParams, reference
+from fastmix.testing import assert_close, golden
+from tests.generators import Shape, monotonic_params
+
+
+class Problem(NamedTuple):
+    """Inputs that require gradients, and the gradient of the result."""
+
+    agent_qs: Tensor
+    states: Tensor
+    params: MonotonicParams
+    cotangent: Tensor
+    positivity: str
+    beta: float
+
+    def inputs(self) -> dict[str, Tensor]:
+        named = {"agent_qs": self.agent_qs, "states": self.states}
+        named.update({name: t for name, t in zip(self.params._fields, self.params, strict=True) if t is not None})
+        return named
+
+    def to(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Problem:
+        """A copy with leaves of its own."""
+
+        def copy(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.detach().to(device, dtype).clone().requires_grad_()
+
+        q, s, c = (self.agent_qs, self.states, self.cotangent)
+        return Problem(
+            q.detach().to(device, dtype).clone().requires_grad_(),
+            s.detach().to(device, dtype).clone().requires_grad_(),
+            MonotonicParams(*(copy(p) for p in self.params)),  # type: ignore[arg-type]
+            c.to(device, dtype),
+            self.positivity,
+            self.beta,
+        )
+
+
+def make(
+    A: int, S: int, rows: int, *, E: int = 32, H: int = 64, layers: int = 2, positivity: str = "abs", beta: float = 1.0
+) -> Problem:
+    params = monotonic_params(Shape(A, 5, S, 5), E, H, layers)
+    g = torch.Generator().manual_seed(rows)
+    q, s = (torch.randn(rows, size, generator=g).requires_grad_() for size in (A, S))
+    return Problem(q, s, params, torch.randn(rows, generator=g), positivity, beta)
+
+
+def solve(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
+    """Result and gradients of the reference in float64."""
+    exact = problem.to("cpu", torch.float64)
+    out = reference.monotonic(exact.agent_qs, exact.states, exact.params, exact.positivity, exact.beta)
+    inputs = exact.inputs()
+    grads = torch.autograd.grad(out, list(inputs.values()), exact.cotangent)
+    return out.detach(), dict(zip(inputs, grads, strict=True))
+
+
+def check(problem: Problem, tolerance: float, *, grads: float | None = None) -> None:
+    """`fastmix.ops.monotonic.triton` with and without gradient; ``grads``: tolerance of gradients where it differs.
+
+    Gradients of few entries are sums over all rows that may cancel, and get ten times the tolerance.
+    """
+    from fastmix.ops.monotonic import triton as kernels
+
+    expected, expected_grads = solve(problem)
+    q, s, p, cotangent, positivity, beta = problem
+    out = kernels.monotonic(q, s, p, positivity, beta)
+    inputs = problem.inputs()
+    results = torch.autograd.grad(out, list(inputs.values()), cotangent.to(out.dtype))
+    with torch.no_grad():
+        fused = kernels.monotonic(q, s, p, positivity, beta)
+    assert_close(out, expected, tolerance, name="q_tot")
+    assert_close(fused, expected, tolerance, name="q_tot without gradient")
+    for (name, value), grad in zip(inputs.items(), results, strict=True):
+        assert grad.shape == value.shape and grad.dtype == value.dtype and grad.device == value.device
+        allowed = (grads or tolerance) * (10.0 if grad.numel() <= 4 else 1.0)
+        assert_close(grad, expected_grads[name], allowed, name=f"gradient of {name}")
+
+
+def golden_files() -> list[Any]:
+    """The reference numbers of everything that is this op and no other."""
+    folder = golden.folder(Path(__file__).parents[1] / "golden")
+    files = [golden.load(path) for path in sorted(folder.glob("**/*.npz"))]
+    return [
+        pytest.param(file, id=file.name) for file in files if file.kind in ("qmix", "nmix", "qmix_noabs", "resq.qmixer")
+    ]
