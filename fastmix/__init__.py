@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastmix import agents as agents
     import fastmix.algorithms as algorithms
+    from fastmix import agents as agents
     from fastmix import mixers as mixers
     from fastmix import ops as ops
     from fastmix.backends import backend as backend

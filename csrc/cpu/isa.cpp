@@ -22,7 +22,9 @@ Isa chosen() {
   const Isa best = widest();
   const char* wish = std::getenv("FASTMIX_ISA");
   if (wish == nullptr) return best;
-  const Isa asked = std::strcmp(wish, "avx512") == 0 ? Isa::avx512 : std::strcmp(wish, "avx2") == 0 ? Isa::avx2 : Isa::baseline;
+  const Isa asked = std::strcmp(wish, "avx512") == 0 ? Isa::avx512
+                    : std::strcmp(wish, "avx2") == 0 ? Isa::avx2
+                                                     : Isa::baseline;
   return asked < best ? asked : best;
 }
 

@@ -1,8 +1,8 @@
-// One source, three instruction sets: every file of csrc/cpu is compiled with FASTMIX_ISA = avx512, avx2 and baseline, and the
-// widest set that the processor has is chosen once at run time.
+// One source, three instruction sets: every file of csrc/cpu is compiled with FASTMIX_ISA = avx512, avx2 and baseline,
+// and the widest set that the processor has is chosen once at run time.
 //
-// All code with a body that such a file includes lives in namespace fastmix::FASTMIX_ISA. Otherwise the linker would keep
-// one copy of an inline function for all three, and might keep the one with AVX-512 instructions.
+// All code with a body that such a file includes lives in namespace fastmix::FASTMIX_ISA. Otherwise the linker would
+// keep one copy of an inline function for all three, and might keep the one with AVX-512 instructions.
 #pragma once
 
 namespace fastmix {
@@ -25,7 +25,7 @@ const char* isa_name();  // the same in words
   namespace baseline {             \
   signature;                       \
   }
-#define FASTMIX_DISPATCH(function, ...)                                              \
+#define FASTMIX_DISPATCH(function, ...)                                                  \
   (::fastmix::isa() == ::fastmix::Isa::avx512 ? ::fastmix::avx512::function(__VA_ARGS__) \
    : ::fastmix::isa() == ::fastmix::Isa::avx2 ? ::fastmix::avx2::function(__VA_ARGS__)   \
                                               : ::fastmix::baseline::function(__VA_ARGS__))

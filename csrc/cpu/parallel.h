@@ -9,8 +9,8 @@
 
 namespace fastmix::FASTMIX_ISA {
 
-// Calls body(task, thread) for every task in [0, tasks), tasks handed out one by one; thread < max(threads, 1). With OpenMP
-// this is torch's own pool (both link libgomp.so.1); without it the loop runs in the calling thread.
+// Calls body(task, thread) for every task in [0, tasks), tasks handed out one by one; thread < max(threads, 1). With
+// OpenMP this is torch's own pool (both link libgomp.so.1); without it the loop runs in the calling thread.
 template <class Body>
 inline void parallel_tasks(int64_t tasks, int threads, const Body& body) {
 #if defined(_OPENMP)
@@ -44,7 +44,8 @@ inline void parallel_parts(int64_t size, int threads, int64_t grain, const Body&
     return;
   }
 #endif
-  for (int64_t part = 0; part < parts; ++part) body(size * part / parts, size * (part + 1) / parts, static_cast<int>(part));
+  for (int64_t part = 0; part < parts; ++part)
+    body(size * part / parts, size * (part + 1) / parts, static_cast<int>(part));
 }
 
 }  // namespace fastmix::FASTMIX_ISA

@@ -9,8 +9,8 @@
 
 namespace fastmix::FASTMIX_ISA {
 
-// Pieces come out of blocks of the pool of workspace.h, which keeps them between calls: fresh pages from the system would cost more
-// than the work done in them.
+// Pieces come out of blocks of the pool of workspace.h, which keeps them between calls: fresh pages from the system
+// would cost more than the work done in them.
 class Scratch {
  public:
   Scratch() = default;

@@ -17,7 +17,7 @@ struct Optimise {
   const int64_t* sizes;
   T* norm;  // out: joint norm of the gradients before clipping
   bool adam;
-  int64_t step;  // counted from 1
+  int64_t step;                                      // counted from 1
   double lr, beta1, beta2, eps, weight_decay, clip;  // RMSprop's decay is beta2
   int threads;
 };

@@ -45,7 +45,8 @@ def test_greedy_is_among_an_agents_own_actions() -> None:
     """An agent with fewer actions has padded outputs; the largest of them must not win."""
     env = MatrixGame(Payoff("narrow", np.array([[1.0, 2.0, 3.0]])), 1, 0)
     algo = algorithms.make("vdn", scheme_of(env.info))
-    algo.networks["agent"].fc2.bias.data[:] = torch.tensor([0.0, 1.0, 50.0])
+    with torch.no_grad():
+        algo.networks["agent"].get_parameter("fc2.bias").copy_(torch.tensor([0.0, 1.0, 50.0]))
     assert learned_game(algo, env).greedy == (0, 2)
 
 

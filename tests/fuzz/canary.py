@@ -16,7 +16,7 @@ def main() -> None:
 
     from fastmix import _core
 
-    forward: Any = _core.returns_forward
+    forward: Any = _core.returns_forward_float32
 
     steps = 1000
     short, long = torch.zeros(steps // 2), torch.zeros(steps + 1)
@@ -24,7 +24,7 @@ def main() -> None:
     addresses = [
         0 if t is None else t.data_ptr() for t in (rewards, terminated, mask, target_qs, behaviour_qs, targets)
     ]
-    forward(*addresses, 1, steps, 1, 1, 0.99, 0, 0.6, 1, False, 1)
+    forward(*addresses, 1, steps, 1, 1, 0.99, 0, 0.6, 1, 1)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A problem is a function of a `Draw`; it runs the op with both backends and compa
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -248,12 +249,40 @@ def _compare(draw: Draw, inputs: Sequence[Tensor], run: Callable[[str], Any], ma
     expected_grads = _gradients(expected, upstream, leaves)
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert_close(a, e, tolerance, name=f"output {index}", mask=mask)
-    # A gradient whose terms nearly cancel is as exact as the largest one, not as its own size would ask.
-    largest = max((e.abs().max().item() for e in expected_grads if e.numel()), default=0.0)
-    noise = 100 * torch.finfo(draw.dtype).eps * largest
     for index, (a, e) in enumerate(zip(actual_grads, expected_grads, strict=True)):
-        if not torch.allclose(a, e, rtol=0.0, atol=noise):
+        try:
             assert_close(a, e, tolerance, name=f"gradient {index} of shape {tuple(e.shape)}")
+        except AssertionError:
+            if not _ill_conditioned(draw, run, upstream, leaves, index, a, e):
+                raise
+
+
+def _ill_conditioned(
+    draw: Draw,
+    run: Callable[[str], Any],
+    upstream: Sequence[Tensor | None],
+    leaves: Sequence[Tensor],
+    index: int,
+    actual: Tensor,
+    expected: Tensor,
+) -> bool:
+    """Whether the reference's own gradient moves as far when its inputs move by a few roundings.
+
+    So it is where a ReLU sits on its edge or a sum cancels.
+    """
+    originals = [leaf.detach().clone() for leaf in leaves]
+    moved = 0.0
+    for _ in range(10):
+        with torch.no_grad():
+            for leaf, original in zip(leaves, originals, strict=True):
+                noise = torch.randn(original.shape, generator=draw.generator, dtype=draw.dtype)
+                leaf.copy_(original * (1 + 30 * torch.finfo(draw.dtype).eps * noise))
+        moved = max(moved, (_gradients(_tensors(run("reference")), upstream, leaves)[index] - expected).norm().item())
+    with torch.no_grad():
+        for leaf, original in zip(leaves, originals, strict=True):
+            leaf.copy_(original)
+    distance = (actual - expected).norm().item()
+    return math.isfinite(distance) and distance <= 3 * moved
 
 
 def _tensors(result: Any) -> list[Tensor]:

@@ -848,7 +848,7 @@ _monotonic_backward = _library.define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_forward,
     _backward_fake,
-    device=DISPATCH_KEY,
+    devices=(DISPATCH_KEY,),
 )
 _monotonic = _library.define(
     "monotonic_triton",
@@ -860,5 +860,5 @@ _monotonic = _library.define(
     _forward_fake,
     setup_context=_setup_context,
     backward=_backward,
-    device=DISPATCH_KEY,
+    devices=(DISPATCH_KEY,),
 )
