@@ -249,7 +249,12 @@ def _compare(draw: Draw, inputs: Sequence[Tensor], run: Callable[[str], Any], ma
     expected_grads = _gradients(expected, upstream, leaves)
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert_close(a, e, tolerance, name=f"output {index}", mask=mask)
+    # Where terms cancel or an activation saturates, a gradient is as exact as the largest one, not as its own size asks.
+    largest = max((e.abs().max().item() for e in expected_grads if e.numel()), default=0.0)
+    rounding = 100 * torch.finfo(draw.dtype).eps * max(1.0, largest)
     for index, (a, e) in enumerate(zip(actual_grads, expected_grads, strict=True)):
+        if torch.allclose(a, e, rtol=0.0, atol=rounding):
+            continue
         try:
             assert_close(a, e, tolerance, name=f"gradient {index} of shape {tuple(e.shape)}")
         except AssertionError:
@@ -268,7 +273,7 @@ def _ill_conditioned(
 ) -> bool:
     """Whether the reference's own gradient moves as far when its inputs move by a few roundings.
 
-    So it is where a ReLU sits on its edge or a sum cancels.
+    So it is where a ReLU sits on its edge.
     """
     originals = [leaf.detach().clone() for leaf in leaves]
     moved = 0.0
