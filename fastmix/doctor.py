@@ -85,7 +85,7 @@ def collect() -> dict[str, Any]:
         "cpu": _cpu(),
         "threads": threads,
         "core": core,
-        "backends": _backends(),
+        "backends": _backends(gpu),
         "gpu": gpu,
         "triton": _triton(),
         "environments": {name: asdict(env) | {"ready": env.ready} for name, env in _environments().items()},
@@ -200,26 +200,26 @@ def _wrong_answer() -> str | None:
     return None
 
 
-def _backends() -> dict[str, dict[str, list[str]]]:
+def _backends(gpu: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
+    """For each op and device that is usable here, the backends that run it, the preferred one first."""
     try:
         from fastmix import backends
     except ImportError:  # no torch; already told under "core"
         return {}
-    return {
-        op: {device: list(backends.available(op, device)) for device in devices}
-        for op, devices in backends.TABLE.items()
-    }
+    return {op: {"cpu": list(backends.available(op))} | gpu["backends"].get(op, {}) for op in backends.TABLE}
 
 
 _GPU_TRIAL = """
 import json, torch
+from fastmix import backends
 devices = []
 for index in range(torch.cuda.device_count()):
     p = torch.cuda.get_device_properties(index)
     assert torch.ones(8, device=f"cuda:{index}").sum().item() == 8
     gigabytes = round(p.total_memory / 2**30, 1)
     devices.append({"name": p.name, "capability": f"{p.major}.{p.minor}", "gigabytes": gigabytes})
-print(json.dumps(devices))
+ops = {op: {"cuda": list(backends.available(op, "cuda"))} for op in backends.TABLE} if devices else {}
+print(json.dumps({"devices": devices, "backends": ops}))
 """
 
 
@@ -240,14 +240,22 @@ def _gpu() -> dict[str, Any]:
         "nvcc": nvcc,
         "usable": False,
         "devices": [],
+        "backends": {},
         "reason": None,
     }
     if built is None:
         found["reason"] = "this torch is a CPU build" if _installed("torch") else "torch is not installed"
         return found
     try:
+        # The package's own folder goes first, so that the trial imports this very fastmix.
+        paths = [str(Path(fastmix.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         trial = subprocess.run(
-            [sys.executable, "-c", _GPU_TRIAL], capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, "-c", _GPU_TRIAL],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
     except subprocess.TimeoutExpired:
         found["reason"] = "a small sum on the GPU did not end within 120 s"
@@ -255,7 +263,7 @@ def _gpu() -> dict[str, Any]:
     if trial.returncode != 0:
         found["reason"] = (trial.stderr.strip().splitlines() or [f"exit status {trial.returncode}"])[-1]
         return found
-    found["devices"] = json.loads(trial.stdout.strip().splitlines()[-1])
+    found |= json.loads(trial.stdout.strip().splitlines()[-1])
     found["usable"] = bool(found["devices"])
     found["reason"] = None if found["usable"] else "torch sees no CUDA device"
     return found

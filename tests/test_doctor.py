@@ -229,6 +229,13 @@ def test_two_openmp_runtimes() -> None:
     assert problem.fix.startswith("CXX=g++ pip install")
 
 
+def test_the_trial_of_the_gpu_tells_devices_and_backends() -> None:
+    done = subprocess.run([sys.executable, "-c", doctor._GPU_TRIAL], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert bool(found["devices"]) == bool(found["backends"])
+    assert all(devices["cuda"][-1] == "reference" for devices in found["backends"].values())
+
+
 def test_a_driver_that_torch_cannot_use() -> None:
     gpu = {"driver": True, "usable": False, "torch_cuda": None, "reason": "this torch is a CPU build"}
     (problem,) = doctor._problems({"usable": True}, CALM, gpu)
@@ -243,9 +250,8 @@ def test_a_gpu_without_our_kernels() -> None:
 
 
 def test_every_variable_that_the_package_reads_is_listed() -> None:
-    folder = Path(fastmix.__file__).parent
+    folder, root = Path(fastmix.__file__).parent, Path(__file__).parent.parent
     sources = "\n".join(path.read_text() for path in folder.rglob("*.py") if path.name != "doctor.py")
-    root = folder.parent
     for pattern in ("csrc/**/*", "bindings/*"):
         sources += "\n".join(path.read_text() for path in root.glob(pattern) if path.is_file())
     read = set(re.findall(r"(?:environ(?:\.get\(|\[)|getenv\()\s*\"(FASTMIX_\w+)\"", sources))

@@ -249,7 +249,7 @@ def _compare(draw: Draw, inputs: Sequence[Tensor], run: Callable[[str], Any], ma
     expected_grads = _gradients(expected, upstream, leaves)
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert_close(a, e, tolerance, name=f"output {index}", mask=mask)
-    # Where terms cancel or an activation saturates, a gradient is as exact as the largest one, not as its own size asks.
+    # Where terms cancel or an activation saturates, a gradient is as exact as the largest one, not as its size asks.
     largest = max((e.abs().max().item() for e in expected_grads if e.numel()), default=0.0)
     rounding = 100 * torch.finfo(draw.dtype).eps * max(1.0, largest)
     for index, (a, e) in enumerate(zip(actual_grads, expected_grads, strict=True)):
