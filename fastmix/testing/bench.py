@@ -161,14 +161,14 @@ def environment() -> dict[str, Any]:
         "core": _core(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
         "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
     }
 
 
@@ -180,6 +180,12 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def _command() -> str:
+    """The command being run; of files only their names, since folders say nothing outside this machine."""
+    program = "fastmix" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name
+    return " ".join([program, *(Path(word).name if "/" in word else word for word in sys.argv[1:])])
 
 
 _SETTINGS = (
