@@ -30,11 +30,6 @@ double sum_of_squares(const T* x, int64_t size) {
 }
 
 template <class T>
-FASTMIX_INLINE T root(T x) {
-  return std::sqrt(x);
-}
-
-template <class T>
 void update(const Optimise<T>& p, int64_t index, int64_t begin, int64_t end, T scale) {
   T* __restrict parameter = p.parameters[index];
   const T* __restrict grad = p.grads[index];
@@ -50,14 +45,14 @@ void update(const Optimise<T>& p, int64_t index, int64_t begin, int64_t end, T s
       const T g = grad[i] * scale + penalty * parameter[i];
       mean[i] += keep * (g - mean[i]);
       square[i] = decay * square[i] + fresh * g * g;
-      parameter[i] -= size * mean[i] / (root(square[i]) * unbias + eps);
+      parameter[i] -= size * mean[i] / (std::sqrt(square[i]) * unbias + eps);
     }
   } else {
     const T size = static_cast<T>(p.lr);
     for (int64_t i = begin; i < end; ++i) {
       const T g = grad[i] * scale + penalty * parameter[i];
       square[i] = decay * square[i] + fresh * g * g;
-      parameter[i] -= size * g / (root(square[i]) + eps);
+      parameter[i] -= size * g / (std::sqrt(square[i]) + eps);
     }
   }
 }

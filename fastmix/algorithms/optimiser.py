@@ -22,6 +22,9 @@ class Optimiser:
         kind: ``"rmsprop"`` (``alpha`` is its decay) or ``"adam"`` (betas 0.9 and 0.999).
         lr, alpha, eps, weight_decay: as in `torch.optim`.
         clip: largest norm of all gradients together; gradients themselves are not changed.
+
+    Raises:
+        ValueError: parameters of several dtypes or devices.
     """
 
     BETAS = (0.9, 0.999)
@@ -38,6 +41,9 @@ class Optimiser:
         clip: float,
     ) -> None:
         self.parameters = list(parameters)
+        kinds = sorted({f"{p.dtype} on {p.device}" for p in self.parameters})
+        if len(kinds) > 1:
+            raise ValueError(f"parameters must share one dtype and device, got {', '.join(kinds)}")
         self.kind, self.lr, self.alpha, self.eps = kind, lr, alpha, eps
         self.weight_decay, self.clip = weight_decay, clip
         self.squares = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in self.parameters]
@@ -52,7 +58,13 @@ class Optimiser:
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Clip, update every parameter that has a gradient, and return the norm before clipping (0-dim)."""
+        """Clip, update every parameter that has a gradient, and return the norm before clipping (0-dim).
+
+        Raises:
+            ValueError: a parameter is no longer what it was when the optimiser was made (native pass only).
+        """
+        if self._native:
+            self._check_native()
         self.steps += 1
         return self._step_native() if self._native else self._step_reference()
 
@@ -98,6 +110,16 @@ class Optimiser:
         )  # fmt: skip
         torch.autograd.graph.increment_version(parameters)  # the core wrote behind autograd's back; caches watch this
         return norm
+
+    def _check_native(self) -> None:
+        """The core goes by addresses: a parameter that was exchanged or cast behind our back must not reach it."""
+        for i, (p, s) in enumerate(zip(self.parameters, self.squares, strict=True)):
+            if p.dtype != s.dtype or p.device != s.device or p.shape != s.shape or not p.is_contiguous():
+                raise ValueError(
+                    f"parameter {i} must still be a contiguous {s.dtype} tensor of shape {tuple(s.shape)} on {s.device},"
+                    f" as when the optimiser was made, got {p.dtype}, {tuple(p.shape)} with strides {p.stride()} on"
+                    f" {p.device}"
+                )
 
     def _step_reference(self) -> Tensor:
         with_grad = [i for i, p in enumerate(self.parameters) if p.grad is not None]
