@@ -116,9 +116,9 @@ class Optimiser:
         for i, (p, s) in enumerate(zip(self.parameters, self.squares, strict=True)):
             if p.dtype != s.dtype or p.device != s.device or p.shape != s.shape or not p.is_contiguous():
                 raise ValueError(
-                    f"parameter {i} must still be a contiguous {s.dtype} tensor of shape {tuple(s.shape)} on {s.device},"
-                    f" as when the optimiser was made, got {p.dtype}, {tuple(p.shape)} with strides {p.stride()} on"
-                    f" {p.device}"
+                    f"parameter {i} must still be a contiguous {s.dtype} tensor of shape {tuple(s.shape)} on"
+                    f" {s.device}, as when the optimiser was made, got {p.dtype}, {tuple(p.shape)} with strides {p.stride()}"
+                    f" on {p.device}"
                 )
 
     def _step_reference(self) -> Tensor:

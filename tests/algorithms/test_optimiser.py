@@ -42,8 +42,10 @@ def set_grads(parameters: list[Tensor], step: int, scale: float = 1.0) -> None:
 def test_steps_are_those_of_torch(backend: str, dtype: torch.dtype, kind: str, scale: float) -> None:
     ours, theirs = start(dtype), start(dtype)
     optimiser = make(ours, backend, kind)
-    common = {"lr": 1e-2, "eps": 1e-5, "weight_decay": 0.01}
-    public = torch.optim.Adam(theirs, **common) if kind == "adam" else torch.optim.RMSprop(theirs, alpha=0.99, **common)
+    common: dict[str, Any] = {"lr": 1e-2, "eps": 1e-5, "weight_decay": 0.01}
+    public: torch.optim.Optimizer = torch.optim.RMSprop(theirs, alpha=0.99, **common)
+    if kind == "adam":
+        public = torch.optim.Adam(theirs, **common)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     for step in range(5):
         set_grads(ours, step, scale)
