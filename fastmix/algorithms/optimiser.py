@@ -117,8 +117,8 @@ class Optimiser:
             if p.dtype != s.dtype or p.device != s.device or p.shape != s.shape or not p.is_contiguous():
                 raise ValueError(
                     f"parameter {i} must still be a contiguous {s.dtype} tensor of shape {tuple(s.shape)} on"
-                    f" {s.device}, as when the optimiser was made, got {p.dtype}, {tuple(p.shape)} with strides {p.stride()}"
-                    f" on {p.device}"
+                    f" {s.device}, as when the optimiser was made, got {p.dtype}, {tuple(p.shape)} with strides"
+                    f" {p.stride()} on {p.device}"
                 )
 
     def _step_reference(self) -> Tensor:
