@@ -103,6 +103,17 @@ def _functions(
     )
 
 
+def queue_on(device: torch.device, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a CUDA ``function`` of the core on ``device``, with torch's current stream there as its last argument.
+
+    The stream is passed as an integer. By way of `torch.cuda` this would cost more host time than the launch itself.
+    """
+    if device.index == torch._C._cuda_getDevice():
+        return function(*args, torch._C._cuda_getCurrentRawStream(device.index))
+    with torch.cuda.device(device):
+        return function(*args, torch._C._cuda_getCurrentRawStream(device.index))
+
+
 def wants_grad(tensors: Sequence[Any]) -> bool:
     """Whether autograd must record an op on ``tensors`` (entries that are not tensors are ignored)."""
     if torch.is_grad_enabled():

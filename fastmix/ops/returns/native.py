@@ -97,9 +97,7 @@ def _run(name: str, output: Tensor, *args: float) -> None:
     if not output.is_cuda:
         getattr(_core, f"{name}_{dtype}")(*args, torch.get_num_threads())
         return
-    with torch.cuda.device(output.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        getattr(_core, f"{name}_cuda_{dtype}")(*args, stream)
+    _library.queue_on(output.device, getattr(_core, f"{name}_cuda_{dtype}"), *args)
 
 
 def _backward_fake(
