@@ -58,7 +58,7 @@ def _show(content: dict[str, Any], args: argparse.Namespace) -> int:
     from fastmix.experiments.bench import report
 
     if args.json != "-" and args.markdown != "-":
-        print(report.text(content))
+        print(report.brief(content) if args.brief else report.text(content))
     _write(args.json, json.dumps(content, indent=2) + "\n")
     _write(args.markdown, report.markdown(content))
     return 0 if report.all_agree(content["results"]) else 1
@@ -107,6 +107,7 @@ def _add_join(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("reports", nargs="+", metavar="FILE", help="reports to join; the first one's contestants count")
     parser.add_argument("--json", metavar="FILE", help="write the joined report as JSON; - prints it")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables as markdown; - prints them")
+    parser.add_argument("--brief", action="store_true", help="print one line for each case that has a goal or failed")
     parser.set_defaults(bench=_join, threads=None)
 
 
@@ -132,7 +133,7 @@ def _add_common(parser: argparse.ArgumentParser, measure: Callable[[argparse.Nam
         parser.add_argument(
             "--autocast", choices=("none", *AUTOCAST), default="none", help="measure under autocast (default: none)"
         )
-    parser.set_defaults(bench=measure, markdown=None)
+    parser.set_defaults(bench=measure, markdown=None, brief=False)
 
 
 def _measure_step(args: argparse.Namespace) -> dict[str, Any]:

@@ -22,6 +22,8 @@ ORDER: Final = (
 )
 """Columns of a table, those that have an entry."""
 
+_OURS: Final = ("ours", "ours graph")
+
 _CAPTURED_SECONDS: Final = 5e-4
 """of device time a graph should hold at least, so that its own launch does not show"""
 
@@ -180,6 +182,27 @@ def text(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def brief(content: dict[str, Any]) -> str:
+    """One line for each case that has a goal, failed or differs: its ratios beside their goals."""
+    lines = [_where(content), ""]
+    for result in content["results"]:
+        if not result["goals"] and result["parity"]["passed"]:
+            continue
+        sizes = "x".join(map(str, result["sizes"].values()))
+        name = " ".join(filter(None, (result["op"], result["phase"], result["shape"], sizes, result["precision"])))
+        if not result["parity"]["passed"]:
+            lines.append(f"{name}: {_why(result)}")
+            continue
+        times = [f"{key} {1e3 * result['contestants'][key]['median_ms']:.4g} us" for key in _OURS if _has(result, key)]
+        reached = [
+            f"{key} {result['ratios'][key]:.2f}x of {goal:g}" if key in result["ratios"] else f"{key} absent"
+            for key, goal in result["goals"].items()
+        ]
+        verdict = "ok" if result["met"] else "NOT MET"
+        lines.append(f"{name}: {', '.join(times)}; {', '.join(reached)}; {verdict}")
+    return "\n".join(lines)
+
+
 def markdown(content: dict[str, Any]) -> str:
     """One table for each op and phase: our time, and every contestant's time with its ratio to ours."""
     lines = [_where(content), ""]
@@ -331,6 +354,10 @@ def _partner(name: str, timings: Mapping[str, Timing]) -> str:
     """Which of ours a contestant is compared with: what runs in a graph with ours in a graph."""
     in_graph = name.endswith(" graph") or name == "autotune"
     return "ours graph" if in_graph and name != "ours graph" and "ours graph" in timings else "ours"
+
+
+def _has(result: dict[str, Any], name: str) -> bool:
+    return name in result["contestants"]
 
 
 def _floors(case: Case, ceilings: Ceilings | None) -> dict[str, float]:
