@@ -260,11 +260,13 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_all_stages_run_in_order(machine: Machine) -> None:
+def test_all_stages_run(machine: Machine) -> None:
     status, output, stages = machine.run()
     assert status == 0, output
     benches = [f"bench-{part}" for part in PARTS]
-    assert list(stages) == ["build", "test", "test-large", "memcheck", "racecheck", *benches, "profile"]
+    correct = {"test", "test-large", "memcheck", "racecheck", "warm"}
+    assert next(iter(stages)) == "build" and set(list(stages)[1:6]) == correct
+    assert list(stages)[6:] == [*benches, "profile"]
     assert stages["memcheck"] == "absent" and stages["build"] == "ok"
     calls = machine.calls()
     assert "--no-build-isolation --no-deps" in calls and "[-DCMAKE_CUDA_ARCHITECTURES=90-real]" in calls
@@ -353,7 +355,7 @@ def test_memory_of_the_device() -> None:
 @needs_gpu
 def test_host_time_does_not_wait() -> None:
     long = 50_000_000  # cycles: some 25 ms
-    assert bench.host_time(lambda: torch.cuda._sleep(long), calls=2, rounds=2) < 5e-3
+    assert bench.host_time(lambda: torch.cuda._sleep(long), rounds=1, seconds=0) < 5e-3
 
 
 @pytest.mark.gpu

@@ -170,9 +170,14 @@ class Rotating:
         return call()
 
 
-def host_time(call: Callable[[], object], calls: int = 50, rounds: int = 5) -> float:
-    """Seconds of host time a call of CUDA work takes, the least of ``rounds``; the device is not waited for."""
+def host_time(call: Callable[[], object], rounds: int = 5, seconds: float = 0.02) -> float:
+    """Seconds of host time a call of CUDA work takes, the least of ``rounds``; the device is not waited for.
+
+    A round makes at most 50 calls, fewer where they take longer than ``seconds``.
+    """
     call()
+    torch.cuda.synchronize()
+    calls = min(50, max(1, round(seconds / max(_host_seconds(call, 1), 1e-7))))
     best = math.inf
     for _ in range(rounds):
         torch.cuda.synchronize()

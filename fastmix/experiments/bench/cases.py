@@ -221,10 +221,12 @@ def recurrent(
     compiled: Sequence[str] = (),
     episodes: int | None = None,
     steps: int | None = None,
+    loops: bool = True,
 ) -> Case:
     """A training batch through the recurrent agent (hidden size 64) from a zero state; inputs need no gradient.
 
-    ``episodes`` and ``steps`` (observations) replace those of the shape's usual batch.
+    ``episodes`` and ``steps`` (observations) replace those of the shape's usual batch. Without ``loops`` the loop over
+    cells and the products step by step, which take long, are left out.
     """
     size = RECURRENT_SIZES[shape]
     size = size._replace(episodes=episodes or size.episodes, steps=steps or size.steps)
@@ -244,15 +246,14 @@ def recurrent(
     contestants = _passes(
         {"ours": lambda: ops.recurrent(obs, [params])[0].q}, _present(params), cotangent, train, setting
     )
-    forwards: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {
-        "gru": (gru, lambda: gru(time_major)),
-        "cell": (cell, lambda: operators.cell_loop(cell, time_major)),
-    }
+    forwards: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {"gru": (gru, lambda: gru(time_major))}
+    if loops:
+        forwards["cell"] = (cell, lambda: operators.cell_loop(cell, time_major))
     for name, compiled_cell in _compilations(cell, compiled).items():
         forwards[name] = (cell, partial(operators.cell_loop, compiled_cell, time_major, cell.hidden_dim))
     for name, (network, forward) in forwards.items():
         contestants |= _passes({name: forward}, list(network.parameters()), time_major_cotangent, train, setting)
-    if train:
+    if train and loops:
         contestants["products"] = operators.recurrent_products(
             rows,
             size.steps,

@@ -332,7 +332,7 @@ def _on_device(case: Case, absent: dict[str, str]) -> dict[str, Callable[[], obj
 
 def _captured(call: Callable[[], object]) -> bench.Graphed:
     """As many calls in one graph as take half a millisecond, and every set of inputs once unless that is long."""
-    seconds = bench.host_time(call, calls=3, rounds=2)
+    seconds = bench.host_time(call, rounds=2)
     sets = len(call.calls) if isinstance(call, Rotating) else 1
     calls = min(100, max(1, math.ceil(_CAPTURED_SECONDS / seconds)))
     if sets * seconds < 50 * _CAPTURED_SECONDS:

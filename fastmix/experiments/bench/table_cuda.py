@@ -67,7 +67,7 @@ def _recurrent() -> Iterator[Planned]:
         for train in (True, False):
             for episodes, length in _UNROLLED:
                 goals = {"gru": 4.0 if episodes == 256 else 8.0}
-                yield Planned(partial(cases.recurrent, "MMM2", train, setting, (), episodes, length), goals)
+                yield Planned(partial(cases.recurrent, "MMM2", train, setting, (), episodes, length, False), goals)
 
 
 def _step() -> Iterator[Planned]:
