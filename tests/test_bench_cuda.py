@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import stat
@@ -101,6 +102,9 @@ def test_every_part_has_cases_and_every_goal_of_the_table_is_there() -> None:
     planned = {part: list(table_cuda.plan([part])) for part in PARTS}
     assert all(planned.values())
     goals = {part: {name for entry in entries for name in entry.goals} for part, entries in planned.items()}
+    for entry in (entry for entries in planned.values() for entry in entries):
+        assert isinstance(entry.build, partial)
+        inspect.signature(entry.build.func).bind(*entry.build.args, **entry.build.keywords)
     assert goals["small"] == {"floor", "eager"} and goals["monotonic"] == {"eager", "floor"}
     assert goals["recurrent"] == {"gru"} and goals["step"] == {"eager"} and goals["compile"] >= {"compile"}
 

@@ -135,9 +135,13 @@ def _rounded(batch: EpisodeBatch) -> EpisodeBatch:
 
 
 def _replayed(algorithm: Algorithm, batch: EpisodeBatch) -> Callable[[], object]:
-    """A training step as `fastmix.train` makes it on a CUDA device: captured once, then replayed."""
-    learner = importlib.import_module("fastmix.train.learner").Learner(algorithm, graphs=True)
-    return lambda: learner.step(batch)
+    """A training step as `fastmix.train` makes it on a CUDA device: captured once, then replayed.
+
+    The episodes lie ready on the device, as they do for the public way.
+    """
+    module = importlib.import_module("fastmix.train.learner")
+    learner, delivery = module.Learner(algorithm, graphs=True), module.Delivery("batch", lambda: batch)
+    return lambda: learner.step(delivery)
 
 
 def public_learner(ours: Algorithm, scheme: Scheme) -> Any:
