@@ -14,7 +14,7 @@ from fastmix.algorithms import AlgorithmConfig
 from fastmix.algorithms.config import option
 from fastmix.train.arguments import add_dataclass_arguments, given
 from fastmix.train.config import TrainConfig
-from fastmix.train.trainer import Plan
+from fastmix.train.plan import Plan
 
 
 @dataclass(frozen=True)
