@@ -135,8 +135,14 @@ class CudaRecorder:
             # cuBLAS keeps a workspace for each stream. The graph's must come out of its own pool, where no one else can
             # ever be given that memory, and must not be found by others on this stream later.
             torch._C._cuda_clearCublasWorkspaces()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                terms = learn()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                    terms = learn()
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "the training step cannot be captured as a CUDA graph; it runs without one by --no-graphs, or from "
+                    "Python by Learner(algo, graphs=False)"
+                ) from error
             torch._C._cuda_clearCublasWorkspaces()
             return _CudaRecording(graph, terms)
 

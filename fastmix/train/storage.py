@@ -11,6 +11,7 @@ Device storage copies it once, when it is finished. Either way reading never see
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,9 @@ from fastmix.train.memory import pinned
 
 ObsDtype = Literal["float32", "float16"]
 Fields = dict[str, Tensor]
+
+TRANSITION = ("actions", "rewards", "terminated")
+"""Fields of the transition that leaves a step; the others are seen at the step itself."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ class Storage(abc.ABC):
     def commit(self, writers: np.ndarray, lengths: np.ndarray, positions: np.ndarray) -> None:
         """Move the episodes of the copies ``writers [n]``, of ``lengths [n]`` transitions, to ``positions [n]``."""
         rows = self._writer_rows[writers]
-        for name in ("actions", "rewards", "terminated"):
+        for name in TRANSITION:
             self._arrays[name][rows, lengths] = 0  # nothing leaves the last step
         n_filled, left_over = lengths + 1, self._filled[rows]
         if (left_over > n_filled).any():  # what a longer predecessor left behind
@@ -161,13 +165,14 @@ class Storage(abc.ABC):
         used = np.arange(count)
         longest = int(max(self.n_filled(used).max(initial=1), steps.max(initial=0) + 1))
         # What a running episode's row still holds of its predecessor would be cleared at commit: clear it in the copy.
-        stale = torch.arange(longest) > torch.from_numpy(steps)[:, None]
+        ahead = torch.arange(longest) - torch.from_numpy(steps)[:, None]
         writers = torch.from_numpy(self._writer_rows)
         episodes = {}
-        for name, finished in self._finished(used, longest).items():
-            running = self._host[name][:, :longest].index_select(0, writers)
-            running[stale] = 0
-            episodes[name] = torch.cat([finished, running])
+        for name, host in self._host.items():
+            episodes[name] = host.new_empty((count + len(writers), longest, *host.shape[2:]))
+            self._copy_finished(name, episodes[name][:count])
+            running = torch.index_select(host[:, :longest], 0, writers, out=episodes[name][count:])
+            running[ahead >= 0 if name in TRANSITION else ahead > 0] = 0
         return episodes
 
     def load(self, episodes: Fields, n_filled: np.ndarray) -> None:
@@ -185,8 +190,8 @@ class Storage(abc.ABC):
         """Let the finished host ``rows`` of ``writers`` be the episodes at ``positions``."""
 
     @abc.abstractmethod
-    def _finished(self, positions: np.ndarray, stored: int) -> Fields:
-        """A copy of the first ``stored`` steps of the episodes at ``positions``, in host memory."""
+    def _copy_finished(self, name: str, out: Tensor) -> None:
+        """Copy a field of the episodes at the first positions into ``out [n, steps, ...]``, in host memory."""
 
     @abc.abstractmethod
     def _load_finished(self, episodes: Fields, n_filled: np.ndarray) -> None:
@@ -261,9 +266,9 @@ class HostStorage(Storage):
         self._writer_rows[writers] = self._rows[positions]
         self._rows[positions] = rows
 
-    def _finished(self, positions: np.ndarray, stored: int) -> Fields:
-        index = torch.from_numpy(self._rows[positions])
-        return {name: tensor[:, :stored].index_select(0, index) for name, tensor in self._host.items()}
+    def _copy_finished(self, name: str, out: Tensor) -> None:
+        index = torch.from_numpy(self._rows[: len(out)])
+        torch.index_select(self._host[name][:, : out.shape[1]], 0, index, out=out)
 
     def _load_finished(self, episodes: Fields, n_filled: np.ndarray) -> None:
         rows = self._rows[: len(n_filled)]
@@ -297,8 +302,10 @@ class DeviceStorage(Storage):
         """See `Storage.insert`."""
         index = torch.from_numpy(positions).to(self.device)
         for name, ring in self._ring.items():
-            stored = values[name].shape[1]
-            ring[index, :stored] = torch.from_numpy(values[name]).to(self.device, ring.dtype)
+            # Rounded by numpy, as every other episode: torch rounds float64 to float16 by way of float32.
+            value = values[name].astype(self._arrays[name].dtype)
+            stored = value.shape[1]
+            ring[index, :stored] = torch.from_numpy(value).to(self.device)
             ring[index, stored:] = 0
         self._ring_filled[positions] = n_filled
 
@@ -322,16 +329,22 @@ class DeviceStorage(Storage):
                 ring[position, :extent].copy_(pinned(self._host[name][row, :extent], self.device), non_blocking=True)
             self._ring_filled[position] = self._filled[row]
 
-    def _finished(self, positions: np.ndarray, stored: int) -> Fields:
-        index = torch.from_numpy(positions).to(self.device)
-        return {name: ring[:, :stored].index_select(0, index).cpu() for name, ring in self._ring.items()}
+    def _copy_finished(self, name: str, out: Tensor) -> None:
+        for part in self._parts(len(out)):
+            out[part].copy_(self._ring[name][part, : out.shape[1]])
 
     def _load_finished(self, episodes: Fields, n_filled: np.ndarray) -> None:
         self._ring_filled[:] = 0
         self._ring_filled[: len(n_filled)] = n_filled
         for name, saved in episodes.items():
             self._ring[name].zero_()
-            self._ring[name][: len(n_filled), : saved.shape[1]] = saved.to(self.device)
+            for part in self._parts(len(n_filled)):
+                self._ring[name][part, : saved.shape[1]].copy_(saved[part])
+
+    def _parts(self, n: int) -> Iterator[slice]:
+        """A few episodes at a time: what is not contiguous travels by way of a copy, for which there may be no room."""
+        for start in range(0, n, 64):
+            yield slice(start, min(start + 64, n))
 
 
 def _stored(name: str, length: int) -> int:
