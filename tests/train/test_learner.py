@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastmix.algorithms import PRESETS, REGISTRY, Algorithm, EpisodeBatch, Scheme, make
+from fastmix.algorithms.optimiser import Optimiser
 from fastmix.backends import backend
 from fastmix.testing import rms_ratio
 from fastmix.train.feed import Feed, StreamedFeed, make_feed
@@ -43,8 +44,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread, and the optimiser's reference counting its steps where a graph can read them."""
     torch.set_num_threads(1)  # conftest puts it back
+    monkeypatch.setattr(Optimiser, "_steps_as_factor", lambda self: self.steps.double())
 
 
 def scheme_of(episode_limit: int, shape: Shape = SHAPE) -> Scheme:
