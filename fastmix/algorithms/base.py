@@ -64,23 +64,38 @@ class Algorithm(abc.ABC):
         """One training step on ``batch``: loss, gradients, joint clip, optimiser. Nothing waits for the device.
 
         Returns:
-            0-dim tensors ``loss`` and ``grad_norm`` (before the clip), and the masked ``td_error [B, T, K]``; with
-            ``detailed`` also means over live transitions: ``td_error_abs``, ``q_tot_mean``, ``target_mean``.
+            0-dim tensors ``loss`` and ``grad_norm`` (before the clip), the masked ``td_error [B, T, K]`` and the
+            ``mask [B, T, 1]``; with ``detailed`` also means over live transitions: ``td_error_abs``, ``q_tot_mean``,
+            ``target_mean``.
+        """
+        return self.finish(self.learn(batch), detailed=detailed)
+
+    def learn(self, batch: EpisodeBatch) -> dict[str, Tensor]:
+        """The part of `step` that happens on the device alone, from the unrolls to the optimiser.
+
+        All it reads and writes are tensors that stay where they are, none of it looks at a value or at a count kept by
+        the host, so a CUDA graph can hold it (`fastmix.train.learner`). Returns what `finish` takes.
         """
         self.optimiser.zero_grad()
         terms = self.losses(batch)
         terms["loss"].backward()
-        result = {
-            "loss": terms["loss"].detach(),
-            "grad_norm": self.optimiser.step(),
-            "td_error": terms["td_error"],
-        }
+        kept = {name: terms[name].detach() for name in ("loss", "td_error", "q_tot", "targets")}
+        return kept | {"grad_norm": self.optimiser.step(), "mask": batch.mask}
+
+    def finish(self, terms: dict[str, Tensor], *, detailed: bool = False) -> dict[str, Tensor]:
+        """The part of `step` that is the host's: count it, and work out what is asked for from what `learn` returned.
+
+        The ``detailed`` means are made here and not in `learn`, so that a captured step neither pays for them at every
+        replay nor has to be captured a second time with them.
+        """
         self.updates += 1
+        result = {name: terms[name] for name in ("loss", "grad_norm", "td_error", "mask")}
         if detailed:
-            mask = batch.mask.expand_as(terms["td_error"])
+            live = terms["mask"] != 0
+            count = live.expand_as(terms["td_error"]).sum()
             for name, key in (("td_error_abs", "td_error"), ("q_tot_mean", "q_tot"), ("target_mean", "targets")):
-                live = torch.where(mask != 0, terms[key].detach(), 0.0)
-                result[name] = (live.abs() if key == "td_error" else live).sum() / mask.sum()
+                values = terms[key].abs() if key == "td_error" else terms[key]
+                result[name] = values.masked_fill(~live, 0).sum() / count
         return result
 
     @torch.no_grad()
@@ -126,9 +141,9 @@ class Algorithm(abc.ABC):
         actions = select(q, avail_actions).greedy_actions
         if epsilon > 0:
             explore = torch.rand(actions.shape, generator=generator, device=self.device) < epsilon
-            weights = avail_actions.reshape(-1, self.scheme.n_actions).to(torch.float32)
-            drawn = torch.multinomial(weights, 1, generator=generator).view(actions.shape)
-            actions = torch.where(explore, drawn, actions)
+            # The draw of torch.multinomial, whose checks of its arguments would make the host wait for the device.
+            clocks = torch.empty(avail_actions.shape, device=self.device).exponential_(generator=generator)
+            actions = torch.where(explore, (avail_actions != 0).div(clocks).argmax(-1), actions)
         return actions, hidden
 
     @torch.inference_mode()

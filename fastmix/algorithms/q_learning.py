@@ -45,7 +45,7 @@ class QLearning(Algorithm):
                 taken = select(target.q, batch.avail_actions, actions=batch.actions).chosen_qs
                 assert taken is not None
                 behaviour = self._joint("target_mixer", taken, batch.states)
-            rewards = batch.rewards if self.reward_moments is None else self.reward_moments(batch.rewards)
+            rewards = batch.rewards if self.reward_moments is None else self.reward_moments(batch.rewards, batch.mask)
             targets = returns(
                 rewards, batch.terminated, batch.mask, target_q_tot, behaviour_qs=behaviour,
                 gamma=c.gamma, kind=c.targets, td_lambda=c.td_lambda, n_step=c.n_step,

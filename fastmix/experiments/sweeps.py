@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fastmix.experiments.matrix import report
 from fastmix.train.config import TrainConfig
+from fastmix.train.plan import Plan
 from fastmix.train.sweep import Run, default_workers, load_sweep, new_folder, run_all, save_sweep
-from fastmix.train.trainer import Interrupted, Plan
+from fastmix.train.trainer import Interrupted
 
 
 def add_sweep_arguments(parser: argparse.ArgumentParser, *, default_seeds: int, default_out: str) -> None:
@@ -69,15 +70,19 @@ def start(
     return Sweep(command, folder, runs, workers, plan, not args.no_progress, extra)
 
 
-def resume(args: argparse.Namespace, command: str, settings: Sequence[str]) -> Sweep:
-    """The sweep in ``--resume``, with the settings it has: ``settings`` names the options that were given all the same.
+def resume(
+    args: argparse.Namespace, command: str, settings: Sequence[str], machine: Mapping[str, Any] | None = None
+) -> Sweep:
+    """The sweep in ``--resume``, with the settings it has but for those in ``machine`` (of `TrainConfig.MACHINE`).
 
-    Raises ``ValueError`` for any of those, ``FileNotFoundError`` where there is no sweep.
+    ``settings`` names the other options that were given all the same. Raises ``ValueError`` for any of those,
+    ``FileNotFoundError`` where there is no sweep.
     """
     for name in (*settings, *(name for name in ("seeds", "out") if getattr(args, name) is not None)):
         flag = "--" + name.replace("_", "-")
         raise ValueError(f"{flag} cannot be given with --resume: {args.resume} keeps the settings it was started with")
     runs, extra = load_sweep(args.resume, command)
+    runs = [replace(run, config=replace(run.config, **(machine or {}))) for run in runs]
     workers, plan = _check(args, [run.config for run in runs])
     return Sweep(command, args.resume, runs, workers, plan, not args.no_progress, extra)
 

@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     """Train, print, write; returns the exit status. Raises ``ValueError`` and relatives for settings that cannot be."""
     settings, overrides = given(args, TrainConfig), given(args, AlgorithmConfig)
     if args.resume is not None:
-        sweep = resume(args, "train", [*settings, *overrides])
+        machine = {name: settings.pop(name) for name in TrainConfig.MACHINE & settings.keys()}
+        sweep = resume(args, "train", [*settings, *overrides], machine)
     else:
         config = TrainConfig(**settings, overrides=overrides)
         config = dataclasses.replace(config, env=_absolute(config.env))

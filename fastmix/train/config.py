@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from fastmix.algorithms.config import option
-from fastmix.train.replay import ObsDtype
 from fastmix.train.rollout import StoredTermination
 from fastmix.train.schedules import Decay
+from fastmix.train.storage import ObsDtype
+
+ReplayDevice = Literal["auto", "cpu", "cuda"]
 
 DEFAULT_T_MAX = 2_000_000  # where neither the user nor the environment says; what SMAC papers train for
 
@@ -19,6 +21,9 @@ class TrainConfig:
     """Everything that decides a run besides the machine: two runs with equal configs end with equal weights on the
     same machine with the same thread count. Raises ``ValueError`` naming the setting, its value and what it must be.
     """
+
+    MACHINE: ClassVar[frozenset[str]] = frozenset({"graphs", "replay_device"})
+    """Settings that suit a run to its machine and change no number of it: a resumed run may have others."""
 
     algo: str = option("qmix", "algorithm, a name of fastmix.algorithms.REGISTRY")
     env: str = option("matrix:resq1", "environment: matrix:resq1, matrix:resq2, matrix:stochastic, matrix:@file.json")
@@ -38,6 +43,14 @@ class TrainConfig:
     )
     bucket: int = option(16, "round batch lengths up to a multiple of this many steps (masked), at most the limit")
     replay_obs_dtype: ObsDtype = option("float32", "storage of observations and states in replay")  # noqa: RUF009
+    replay_device: ReplayDevice = option(  # noqa: RUF009
+        "auto",
+        "memory that keeps the episodes: 'cuda' is that of --device, 'cpu' the host's, 'auto' the first that has room; "
+        "results are the same",
+    )
+    graphs: bool = option(
+        True, "on CUDA capture the training step once per batch length and replay it; results are the same"
+    )
     test_interval: int = option(2000, "environment steps between greedy evaluations")
     test_nepisode: int = option(32, "episodes of one evaluation")
     log_interval: int = option(2000, "environment steps between log records")
@@ -54,7 +67,7 @@ class TrainConfig:
         _check(self, "t_max", self.t_max is None or self.t_max >= 1, "at least 1 environment step")
         _check(self, "seed", 0 <= self.seed < 2**32, "between 0 and 2^32 - 1")
         for name, literal in (("epsilon_decay", Decay), ("stored_termination", StoredTermination),
-                              ("replay_obs_dtype", ObsDtype)):  # fmt: skip
+                              ("replay_obs_dtype", ObsDtype), ("replay_device", ReplayDevice)):  # fmt: skip
             choices = literal.__args__  # type: ignore[attr-defined]
             _check(self, name, getattr(self, name) in choices, "one of " + ", ".join(map(repr, choices)))
 

@@ -1,9 +1,15 @@
-"""How much memory this process may still take, so that a replay buffer is refused with a sentence, not by a crash."""
+"""Memory of host and device: how much this process may still take, and how data go from one to the other.
+
+A replay buffer that does not fit is refused with a sentence, not by a crash.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 
 def available_memory() -> int | None:
@@ -18,6 +24,21 @@ def available_memory() -> int | None:
     if "SC_AVPHYS_PAGES" in names and "SC_PAGE_SIZE" in names:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+def free_device_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a CUDA ``device``."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a host ``tensor`` that can travel to ``device`` while the host goes on; itself where that is the host.
+
+    For ``.to(device, non_blocking=True)`` and ``.copy_(..., non_blocking=True)``. The original may be written to at
+    once, and the copy be dropped: torch keeps its memory until the device has read it.
+    """
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def human_bytes(n: int) -> str:

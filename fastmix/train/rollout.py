@@ -10,6 +10,7 @@ import torch
 
 from fastmix.algorithms import Algorithm
 from fastmix.envs import BatchedEnv
+from fastmix.train.memory import pinned
 from fastmix.train.replay import ReplayBuffer
 from fastmix.train.schedules import EpsilonSchedule
 
@@ -36,7 +37,8 @@ class Player:
 
         Afterwards ``steps`` counts the transitions of each running episode and ``returns`` sums their rewards.
         """
-        obs, avail = self._obs.to(self.device), self._avail.to(self.device)
+        # Reading the actions back is all that waits for the device.
+        obs, avail = self._send(self._obs), self._send(self._avail)
         chosen, self.hidden = self.algo.act(
             obs, self.last_actions, avail, self.hidden, epsilon=epsilon, generator=generator
         )
@@ -71,10 +73,13 @@ class Player:
             self.last_actions.fill_(-1)
             self.hidden = self.algo.initial_hidden(self.env.n_envs)
             return
-        index = torch.from_numpy(copies).to(self.device)
+        index = self._send(torch.from_numpy(copies))
         self.last_actions.index_fill_(0, index, -1)
         # Out of place: the hidden state belongs to whoever returned it.
         self.hidden = self.hidden.index_copy(0, index, self.algo.initial_hidden(len(copies)))
+
+    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
+        return pinned(tensor, self.device).to(self.device, non_blocking=True)
 
 
 @dataclass

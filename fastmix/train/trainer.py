@@ -24,15 +24,16 @@ import torch
 from torch import Tensor
 
 from fastmix import algorithms, envs
-from fastmix.algorithms import Algorithm, AlgorithmConfig, Scheme
+from fastmix.algorithms import Algorithm
 from fastmix.envs import EnvInfo
 from fastmix.train import checkpoint
-from fastmix.train.config import DEFAULT_T_MAX, TrainConfig
+from fastmix.train.config import TrainConfig
 from fastmix.train.evaluate import evaluate
-from fastmix.train.logging import RunLogger, check_tensorboard
-from fastmix.train.replay import Prioritised, ReplayBuffer, check_memory, describe_memory, replay_bytes
+from fastmix.train.feed import make_feed
+from fastmix.train.learner import Learner
+from fastmix.train.logging import RunLogger
+from fastmix.train.plan import Plan, make_replay, scheme_of
 from fastmix.train.rollout import EpisodeStats, Player, Rollout
-from fastmix.train.schedules import EpsilonSchedule
 
 log = logging.getLogger(__name__)
 
@@ -63,61 +64,6 @@ class Counters:
     log_offset: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A checked ``TrainConfig``: what it means for its environment, before anything large or lasting is made."""
-
-    config: TrainConfig
-    info: EnvInfo
-    settings: AlgorithmConfig
-    epsilon: EpsilonSchedule
-    t_max: int
-
-    @classmethod
-    def of(cls, config: TrainConfig, *, n_parallel: int = 1) -> Plan:
-        """Check ``config``, for ``n_parallel`` such runs at the same time.
-
-        Raises ``ValueError``, ``FileNotFoundError`` or ``ImportError`` naming the setting that cannot be, and
-        ``MemoryError`` when replay does not fit.
-        """
-        settings = algorithms.configure(config.algo, config.preset, **config.overrides)
-        epsilon = EpsilonSchedule(
-            settings.epsilon_start, settings.epsilon_finish, settings.epsilon_anneal_time, config.epsilon_decay
-        )
-        _check_device(config.device)
-        if config.tensorboard:
-            check_tensorboard()
-        env = envs.make(config.env, 1, 0)
-        env.close()
-        plan = cls(config, env.info, settings, epsilon, config.t_max or env.info.t_max or DEFAULT_T_MAX)
-        check_memory(plan.replay_bytes * n_parallel, settings.buffer_size * n_parallel)
-        return plan
-
-    @property
-    def replay_bytes(self) -> int:
-        """What replay will allocate."""
-        s = self.settings
-        return replay_bytes(
-            scheme_of(self.info), s.buffer_size, s.batch_size_run, obs_dtype=self.config.replay_obs_dtype
-        )
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """What ``config.json`` of the run holds."""
-        settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self.settings)))  # tuples become lists
-        return {"train": self.config.to_json(), "algorithm": settings}
-
-    def sentences(self) -> list[str]:
-        """What a user wants to know before a long run starts: memory, and how often each episode is learnt from."""
-        s, updates = self.settings, self.config.updates_per_round
-        ratio = updates * s.batch_size / s.batch_size_run
-        return [
-            describe_memory(self.replay_bytes, s.buffer_size, scheme_of(self.info)),
-            f"replay ratio {ratio:g}: {updates} gradient step{'s' * (updates > 1)} on {s.batch_size} episodes after "
-            f"every {s.batch_size_run} collected ({s.batch_size_run} played in parallel)",
-        ]
-
-
 class Trainer:
     """One run of one seed in ``folder``.
 
@@ -144,19 +90,13 @@ class Trainer:
         _check_folder(folder, plan.description)
         for sentence in plan.sentences():
             announce(sentence)
-        settings, n_envs = plan.settings, plan.settings.batch_size_run
+        n_envs = plan.settings.batch_size_run
         self._description, self.t_max = plan.description, plan.t_max
         self.algo = make_algorithm(config, plan.info)
         self.device = torch.device(config.device)
-        self.replay = ReplayBuffer(
-            scheme_of(plan.info),
-            settings.buffer_size,
-            n_envs,
-            seed=seeds["replay"],
-            bucket=config.bucket,
-            obs_dtype=config.replay_obs_dtype,
-            prioritised=Prioritised(settings.per_alpha, settings.per_beta, self.t_max) if settings.use_per else None,
-        )
+        self.learner = Learner(self.algo, graphs=config.graphs)
+        self.replay = make_replay(plan, seeds["replay"], announce)
+        self.feed = make_feed(self.replay, self.device)
         self.rollout = Rollout(
             Player(envs.make(config.env, n_envs, seeds["env"]), self.algo, self.device),
             self.replay,
@@ -264,20 +204,21 @@ class Trainer:
         counters, settings = self.counters, self.algo.config
         counters.t_env += self.rollout.collect(settings.batch_size_run, counters.t_env)
         if self.replay.can_sample(settings.batch_size):
-            for i in range(self.config.updates_per_round):
+            for left in reversed(range(self.config.updates_per_round)):
                 # Only what will be logged is worked out.
-                self._update(detailed=self._log_is_due() and i == self.config.updates_per_round - 1)
+                self._update(detailed=self._log_is_due() and not left)
+                # In a ring that is not full the next choice depends on how many episodes this round's successor adds.
+                if left or self.replay.count == self.replay.capacity:
+                    self.feed.prefetch(settings.batch_size)
         counters.episodes += settings.batch_size_run
 
     def _update(self, *, detailed: bool) -> None:
         counters, settings = self.counters, self.algo.config
-        batch, positions = self.replay.sample(settings.batch_size, t_env=counters.t_env)
-        if self.device.type != "cpu":
-            batch = batch.to(self.device)
-        self._stats = self.algo.step(batch, detailed=detailed)
+        batch, positions = self.feed.next(settings.batch_size, t_env=counters.t_env)
+        self._stats = self.learner.step(batch, detailed=detailed)
         counters.updates += 1
         if settings.use_per:
-            self.replay.update_priorities(positions, self._stats["td_error"], batch.mask)
+            self.replay.update_priorities(positions, self._stats["td_error"], self._stats["mask"])
         # PyMARL hands its learner the number of episodes before this round, and compares after the optimiser step.
         if counters.episodes - counters.last_target_update >= settings.target_update_interval:
             self.algo.update_targets()
@@ -381,11 +322,6 @@ def make_algorithm(config: TrainConfig, info: EnvInfo) -> Algorithm:
     )
 
 
-def scheme_of(info: EnvInfo) -> Scheme:
-    """The sizes as algorithms take them."""
-    return Scheme(info.n_agents, info.n_actions, info.obs_dim, info.state_dim, info.episode_limit)
-
-
 def load_run(folder: Path, which: str = "latest") -> tuple[TrainConfig, Algorithm, int]:
     """Config, trained algorithm and environment steps of a run: its ``latest`` checkpoint or its ``best`` evaluation.
 
@@ -421,21 +357,12 @@ def _check_folder(folder: Path, description: dict[str, Any]) -> None:
 
 
 def _check_same(folder: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
-    for name in sorted(set(saved) | set(ours)):
+    for name in sorted((set(saved) | set(ours)) - TrainConfig.MACHINE):
         if saved.get(name) != ours.get(name):
             raise ValueError(
                 f"{folder} holds a run with {name} = {saved.get(name)!r}, and it would now be {ours.get(name)!r}; "
                 "continue it with the settings it was started with, or choose another folder"
             )
-
-
-def _check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device is {name!r}; it must be a torch device such as cpu or cuda:0") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {name!r}, and this torch finds no usable GPU (fastmix doctor says why)")
 
 
 def _seeds(seed: int) -> dict[str, int]:

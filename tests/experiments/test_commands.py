@@ -85,7 +85,8 @@ def test_train_writes_prints_and_evaluates(tmp_path: Path, capsys: pytest.Captur
     assert files(folder.parent) == {"run-1", "run-2"}
     (folder / "seed-1" / "result.json").unlink()
     (folder / "summary.json").unlink()
-    assert main(["train", "--resume", str(folder), "--workers", "1", "--no-progress"]) == 0
+    again = ["train", "--resume", str(folder), "--workers", "1", "--no-progress"]
+    assert main([*again, "--no-graphs", "--replay-device", "cpu"]) == 0  # what suits the machine may change
     again = json.loads((folder / "summary.json").read_text())
     assert again["game"] == summary["game"]
 

@@ -17,7 +17,7 @@ from fastmix.experiments.matrix import LearnedGame, average, learned_game
 from fastmix.experiments.papers import paper_games
 from fastmix.experiments.stats import wilson_interval
 from fastmix.experiments.tables import game_text, matrix_block, side_by_side, verdict
-from fastmix.train.trainer import scheme_of
+from fastmix.train.plan import scheme_of
 
 PAYOFF = Payoff("g", np.array([[8.0, -12.0], [0.0, 7.9]]))
 LEARNED = LearnedGame(

@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytest
+import torch
 
 from fastmix.algorithms import AlgorithmConfig
 from fastmix.algorithms.config import option
+from fastmix.train import replay
 from fastmix.train.arguments import add_dataclass_arguments, given
-from fastmix.train.config import TrainConfig
-from fastmix.train.trainer import Plan
+from fastmix.train.config import ReplayDevice, TrainConfig
+from fastmix.train.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -147,11 +150,61 @@ def test_a_plan_knows_presets_and_says_the_replay_ratio() -> None:
 
 
 def test_parallel_runs_need_memory_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastmix.train import replay
-
     config = TrainConfig()
     enough_for_one = int(1.5 * Plan.of(config).replay_bytes)
     monkeypatch.setattr(replay, "available_memory", lambda: enough_for_one)
     Plan.of(config)
     with pytest.raises(MemoryError, match="10000 episodes"):
         Plan.of(config, n_parallel=2)
+
+
+@pytest.fixture
+def gpu_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Pretends that there is a GPU with so many free bytes."""
+
+    def pretend(free: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(replay, "free_device_memory", lambda device: free)
+
+    return pretend
+
+
+@pytest.mark.parametrize("choice", ["auto", "cuda"])
+def test_replay_goes_to_the_device_where_it_has_room(choice: ReplayDevice, gpu_of: Callable[[int], None]) -> None:
+    config = TrainConfig(device="cuda:0", replay_device=choice)
+    gpu_of(10**9)
+    plan = Plan.of(config)
+    assert plan.replay_device == torch.device("cuda:0")
+    memory, graphs, *_ = plan.sentences()
+    assert memory.startswith("replay buffer: 5000 episodes of up to 1 steps take ")
+    assert memory.endswith(" of 1 GB available on cuda:0 (allocated at once)")
+    assert graphs == "training step: captured as a CUDA graph for every batch length (multiples of 16 steps)"
+
+
+def test_replay_stays_with_the_host_where_the_device_has_no_room(gpu_of: Callable[[int], None]) -> None:
+    config = TrainConfig(device="cuda", graphs=False)
+    gpu_of(int(1.2 * Plan.of(TrainConfig()).replay_bytes))  # enough, but it may not take all of it
+    plan = Plan.of(config)
+    assert plan.replay_device is None
+    memory, reason, graphs, *_ = plan.sentences()
+    assert memory.endswith("(touched as it fills)")
+    assert "does not fit on cuda" in reason and "75%; it stays in host memory" in reason
+    assert graphs == "training step: without CUDA graphs (--no-graphs)"
+    with pytest.raises(MemoryError, match=r"does not fit on cuda: .* leave it to --replay-device auto"):
+        Plan.of(dataclasses.replace(config, replay_device="cuda"))
+
+
+def test_replay_stays_with_the_host_where_it_is_told_to(gpu_of: Callable[[int], None]) -> None:
+    gpu_of(10**12)
+    plan = Plan.of(TrainConfig(device="cuda", replay_device="cpu"))
+    assert plan.replay_device is None and plan.host_reason is None
+    assert Plan.of(TrainConfig()).replay_device is None
+    with pytest.raises(ValueError, match="replay_device is 'cuda'; with device 'cpu' it must be 'auto' or 'cpu'"):
+        Plan.of(TrainConfig(replay_device="cuda"))
+
+
+def test_parallel_runs_need_the_device_together(gpu_of: Callable[[int], None]) -> None:
+    config = TrainConfig(device="cuda")
+    gpu_of(2 * Plan.of(TrainConfig()).replay_bytes)
+    assert Plan.of(config).replay_device is not None
+    assert Plan.of(config, n_parallel=2).replay_device is None

@@ -17,6 +17,13 @@ from fastmix.train.replay import Prioritised, ReplayBuffer, describe_memory, rep
 SCHEME = Scheme(n_agents=2, n_actions=11, obs_dim=3, state_dim=4, episode_limit=6)
 
 
+@pytest.fixture(params=[None, "cpu"], ids=["host", "device"])
+def device(request: pytest.FixtureRequest) -> str | None:
+    """Where finished episodes are kept; the CPU stands in for a GPU."""
+    kept: str | None = request.param
+    return kept
+
+
 def episode(
     rng: np.random.Generator, length: int, *, terminated: bool, scheme: Scheme = SCHEME
 ) -> dict[str, np.ndarray]:
@@ -96,9 +103,9 @@ def mixed_episodes(n: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("door", ["insert", "play"])
-def test_ring_holds_the_newest_episodes_whatever_way_they_come(door: str) -> None:
+def test_ring_holds_the_newest_episodes_whatever_way_they_come(door: str, device: str | None) -> None:
     capacity, episodes = 5, mixed_episodes(17)
-    buffer = ReplayBuffer(SCHEME, capacity, n_writers=3, bucket=1)
+    buffer = ReplayBuffer(SCHEME, capacity, n_writers=3, bucket=1, device=device)
     ring: list[dict[str, np.ndarray]] = []
     for i, made in enumerate(episodes):
         if door == "insert":
@@ -115,9 +122,9 @@ def test_ring_holds_the_newest_episodes_whatever_way_they_come(door: str) -> Non
         assert_matches(batch, ring, int(max(e["filled"].sum() for e in ring)) - 1)
 
 
-def test_insert_splits_where_the_ring_wraps() -> None:
+def test_insert_splits_where_the_ring_wraps(device: str | None) -> None:
     episodes = mixed_episodes(8)
-    buffer = ReplayBuffer(SCHEME, 5, bucket=SCHEME.episode_limit)
+    buffer = ReplayBuffer(SCHEME, 5, bucket=SCHEME.episode_limit, device=device)
     insert(buffer, episodes[:4])
     insert(buffer, episodes[4:])
     batch, _ = buffer.sample(5)
@@ -125,8 +132,8 @@ def test_insert_splits_where_the_ring_wraps() -> None:
     assert (buffer.index, buffer.count) == (3, 5)
 
 
-def test_commit_order_is_the_order_given() -> None:
-    buffer = ReplayBuffer(SCHEME, 4, n_writers=3, bucket=1)
+def test_commit_order_is_the_order_given(device: str | None) -> None:
+    buffer = ReplayBuffer(SCHEME, 4, n_writers=3, bucket=1, device=device)
     zeros = np.zeros((3, 2, 3)), np.zeros((3, 4)), np.ones((3, 2, 11), dtype=bool)
     buffer.write_observations(np.zeros(3, dtype=int), *zeros)
     buffer.write_transitions(np.zeros(3, dtype=int), np.zeros((3, 2), dtype=int), np.array([10.0, 11, 12]), np.ones(3))
@@ -136,10 +143,10 @@ def test_commit_order_is_the_order_given() -> None:
 
 
 @pytest.mark.parametrize(("bucket", "expected"), [(1, 2), (2, 2), (4, 4), (5, 5), (16, 6)])
-def test_lengths_go_into_buckets_up_to_the_limit(bucket: int, expected: int) -> None:
+def test_lengths_go_into_buckets_up_to_the_limit(bucket: int, expected: int, device: str | None) -> None:
     rng = np.random.default_rng(0)
     episodes = [episode(rng, length, terminated=True) for length in (1, 2)]
-    buffer = ReplayBuffer(SCHEME, 4, bucket=bucket)
+    buffer = ReplayBuffer(SCHEME, 4, bucket=bucket, device=device)
     insert(buffer, episodes)
     batch, _ = buffer.sample(2)
     assert_matches(batch, episodes, expected)
@@ -168,25 +175,25 @@ def test_samples_follow_the_seed() -> None:
 
 
 @pytest.mark.parametrize("n_actions", [2, 8, 9, 300])
-def test_availability_and_actions_survive_packing(n_actions: int) -> None:
+def test_availability_and_actions_survive_packing(n_actions: int, device: str | None) -> None:
     scheme = Scheme(2, n_actions, 3, 4, 6)
     made = episode(np.random.default_rng(0), 4, terminated=True, scheme=scheme)
-    buffer = ReplayBuffer(scheme, 2, bucket=1)
+    buffer = ReplayBuffer(scheme, 2, bucket=1, device=device)
     insert(buffer, [made])
     assert_matches(buffer.sample(1)[0], [made], 4)
 
 
-def test_float16_observations_come_back_as_float32() -> None:
+def test_float16_observations_come_back_as_float32(device: str | None) -> None:
     made = mixed_episodes(1)[0]
-    buffer = ReplayBuffer(SCHEME, 2, bucket=SCHEME.episode_limit, obs_dtype="float16")
+    buffer = ReplayBuffer(SCHEME, 2, bucket=SCHEME.episode_limit, obs_dtype="float16", device=device)
     insert(buffer, [made])
     batch, _ = buffer.sample(1)
     assert batch.obs.dtype == torch.float32
     np.testing.assert_array_equal(batch.obs[0].numpy(), made["obs"].astype(np.float16).astype(np.float32))
 
 
-def test_nothing_of_a_sample_is_a_view_of_the_ring() -> None:
-    buffer = ReplayBuffer(SCHEME, 3)
+def test_nothing_of_a_sample_is_a_view_of_the_ring(device: str | None) -> None:
+    buffer = ReplayBuffer(SCHEME, 3, device=device)
     insert(buffer, mixed_episodes(3))
     before, _ = buffer.sample(3)
     kept = {name: value.clone() for name, value in vars(before).items() if value is not None}
@@ -199,7 +206,7 @@ def test_nothing_of_a_sample_is_a_view_of_the_ring() -> None:
 def test_stores_every_number_once() -> None:
     scheme = Scheme(n_agents=5, n_actions=12, obs_dim=80, state_dim=98, episode_limit=70)
     n_bytes = replay_bytes(scheme, 100, 8)
-    assert n_bytes == ReplayBuffer(scheme, 100, 8).nbytes
+    assert n_bytes == ReplayBuffer(scheme, 100, 8).nbytes == ReplayBuffer(scheme, 100, 8, device="cpu").nbytes
     # obs and state once as float32; an action a byte, 12 flags in two bytes, a reward, a flag.
     assert n_bytes == 108 * 71 * (5 * 80 * 4 + 98 * 4 + 5 + 5 * 2 + 4 + 1)
     halved = replay_bytes(scheme, 100, 8, obs_dtype="float16")
@@ -293,13 +300,16 @@ def test_beta_ends_at_one() -> None:
 
 
 @pytest.mark.parametrize("prioritised", [None, Prioritised(t_max=100)])
-def test_a_restored_buffer_goes_on_identically(tmp_path: Any, prioritised: Prioritised | None) -> None:
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["same storage", "other storage"])
+def test_a_restored_buffer_goes_on_identically(
+    tmp_path: Any, prioritised: Prioritised | None, device: str | None, elsewhere: bool
+) -> None:
     episodes = mixed_episodes(30)
 
-    def make() -> ReplayBuffer:
-        return ReplayBuffer(SCHEME, 5, n_writers=2, seed=7, bucket=1, prioritised=prioritised)
+    def make(device: str | None) -> ReplayBuffer:
+        return ReplayBuffer(SCHEME, 5, n_writers=2, seed=7, bucket=1, prioritised=prioritised, device=device)
 
-    ours = make()
+    ours = make(device)
     for i, made in enumerate(episodes[:13]):
         play(ours, i % 2, made)
         if ours.can_sample(3):
@@ -325,7 +335,7 @@ def test_a_restored_buffer_goes_on_identically(tmp_path: Any, prioritised: Prior
     observe(ours, 1)
     steps[1] = 1
     save(tmp_path / "buffer.safetensors", ours.state_dict(steps))
-    theirs = make()
+    theirs = make(device if not elsewhere else "cpu" if device is None else None)
     theirs.load_state_dict(load(tmp_path / "buffer.safetensors"))
 
     for buffer in (ours, theirs):
@@ -345,3 +355,72 @@ def test_a_restored_buffer_goes_on_identically(tmp_path: Any, prioritised: Prior
         play(ours, i % 2, made)
         play(theirs, i % 2, made)
     assert (ours.index, ours.count) == (theirs.index, theirs.count)
+
+
+def test_states_of_many_episodes_pass_between_storages(device: str | None) -> None:
+    ours, theirs = (ReplayBuffer(SCHEME, 200, 2, device=where) for where in (device, "cpu" if device is None else None))
+    insert(ours, mixed_episodes(150))
+    steps = np.array([3, 0])
+    insert(theirs, mixed_episodes(200, seed=1))  # all of which has to go
+    theirs.load_state_dict(ours.state_dict(steps))
+    assert theirs.count == 150
+    a, b = ours.state_dict(steps), theirs.state_dict(steps)
+    assert a["episodes"]["obs"].shape == (152, SCHEME.episode_limit + 1, 2, 3)
+    assert all(torch.equal(saved, b["episodes"][name]) for name, saved in a["episodes"].items())
+    for buffer in (ours, theirs):
+        insert(buffer, mixed_episodes(50, seed=2))
+    for x, y in zip(vars(ours.sample(200)[0]).values(), vars(theirs.sample(200)[0]).values(), strict=True):
+        assert (x is None and y is None) or torch.equal(x, y)
+
+
+# ---- draws made ahead of time ----
+
+
+def test_a_draw_made_ahead_changes_nothing() -> None:
+    """Whatever happens between it and the draw that asks for it, draws and saved states are those without it."""
+    episodes = mixed_episodes(400)
+    chance = np.random.default_rng(1)
+    ours, theirs = (ReplayBuffer(SCHEME, 12, n_writers=2, seed=3, bucket=2, device=where) for where in (None, "cpu"))
+    used = 0
+    for made in episodes:
+        play(ours, 0, made)
+        play(theirs, 0, made)
+        if chance.random() < 0.3:
+            continue
+        size = int(chance.integers(1, 4))
+        if ours.can_sample(size):
+            ahead = ours.draw_ahead(size)
+            if chance.random() < 0.3:
+                ahead = ours.draw_ahead(size)
+            if chance.random() < 0.5:
+                insert(ours, [made])
+                insert(theirs, [made])
+            states = (buffer.state_dict(np.zeros(2, dtype=int)) for buffer in (ours, theirs))
+            assert next(states)["rng"] == next(states)["rng"]
+            size = size if chance.random() < 0.8 else 1
+            a, b = ours.draw(size), theirs.draw(size)
+            used += a is ahead
+            np.testing.assert_array_equal(a.positions, b.positions)
+            np.testing.assert_array_equal(a.n_filled, b.n_filled)
+            assert a.length == b.length
+            for x, y in zip(vars(ours.sample(size)[0]).values(), vars(theirs.sample(size)[0]).values(), strict=True):
+                assert (x is None and y is None) or torch.equal(x, y)
+    assert used > 50
+
+
+def test_a_draw_made_ahead_is_exchanged_when_one_of_its_episodes_is() -> None:
+    buffer = ReplayBuffer(SCHEME, 5, bucket=1)
+    insert(buffer, mixed_episodes(5))
+    ahead = buffer.draw_ahead(5)
+    insert(buffer, [episode(np.random.default_rng(0), 6, terminated=True)])
+    draw = buffer.draw(5)
+    assert ahead is not None and draw is not ahead
+    np.testing.assert_array_equal(draw.positions, ahead.positions)
+    assert draw.n_filled[0] == 7
+
+
+def test_nothing_is_drawn_ahead_where_it_cannot_be_known() -> None:
+    buffer = ReplayBuffer(SCHEME, 4, prioritised=Prioritised())
+    insert(buffer, mixed_episodes(4))
+    assert buffer.draw_ahead(2) is None
+    assert ReplayBuffer(SCHEME, 4).draw_ahead(1) is None

@@ -11,10 +11,10 @@ import torch
 from fastmix import algorithms
 from fastmix.algorithms import Algorithm
 from fastmix.train.evaluate import evaluate
+from fastmix.train.plan import scheme_of
 from fastmix.train.replay import ReplayBuffer
 from fastmix.train.rollout import EpisodeStats, Player, Rollout, StoredTermination
 from fastmix.train.schedules import EpsilonSchedule
-from fastmix.train.trainer import scheme_of
 from tests.train.ragged import RaggedEnv
 
 GENERATOR_SEED = 5

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,21 @@ import torch
 from torch import Tensor
 
 from fastmix import envs
+from fastmix.algorithms.optimiser import Optimiser
+from fastmix.backends import backend
 from fastmix.train import checkpoint
+from fastmix.train import replay as replay_module
+from fastmix.train import trainer as trainer_module
 from fastmix.train.config import TrainConfig
+from fastmix.train.feed import StreamedFeed
+from fastmix.train.learner import Learner
 from fastmix.train.logging import read_metrics
+from fastmix.train.plan import Plan, make_replay
+from fastmix.train.replay import Draw
+from fastmix.train.storage import DeviceStorage, HostStorage
 from fastmix.train.trainer import CHECKPOINT_FOLDER, Interrupted, Progress, Trainer, load_run
 from tests.train.ragged import make_ragged
+from tests.train.tape import TapeRecorder
 
 SMALL = {"batch_size": 6, "buffer_size": 20, "batch_size_run": 4, "rnn_hidden_dim": 8, "epsilon_anneal_time": 200,
          "mixing_embed_dim": 4, "hypernet_embed": 8, "target_update_interval": 8}  # fmt: skip
@@ -114,6 +125,117 @@ def test_a_killed_run_ends_as_one_that_was_never_killed(tmp_path: Path, name: st
     assert [{k: v for k, v in r.items() if k not in clock} for r in a] == [
         {k: v for k, v in r.items() if k not in clock} for r in b
     ]
+
+
+ROADS = ["resident", "streamed", "resident, recorded", "streamed, recorded"]
+
+
+def take(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let trainers keep their episodes and step as on a GPU, for which the CPU stands in."""
+    if road.startswith("resident"):
+        monkeypatch.setattr(
+            trainer_module,
+            "make_replay",
+            lambda plan, *rest: make_replay(replace(plan, replay_device=torch.device("cpu")), *rest),
+        )
+    elif road.startswith("streamed"):
+        monkeypatch.setattr(
+            trainer_module, "make_feed", lambda replay, device: StreamedFeed(replay, replay.storage, device)
+        )
+    if road.endswith("recorded"):
+        monkeypatch.setattr(trainer_module, "Learner", partial(Learner, recorder=TapeRecorder()))
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("name", ["ragged qmix", "ragged iql, two updates", "ragged prioritised", "float16 replay"])
+def test_a_killed_run_may_take_another_road(
+    tmp_path: Path, name: str, road: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Episodes on the device or streamed to it, fetched ahead or not, recorded steps or not: the end is the same."""
+    config = CONFIGS[name]
+    monkeypatch.setattr(Optimiser, "_steps_as_factor", lambda self: self.steps.double())  # as on CUDA
+    with backend("reference"):  # whose every operator passes the tape
+        whole = Trainer(config, tmp_path / "whole")
+        whole.run()
+        for kill_at, way in ((200, road), (350, "host"), (500, road)):
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+                take(way, patch)
+                Trainer(config, tmp_path / "killed", on_progress=killed_after(kill_at)).run()
+        with pytest.MonkeyPatch.context() as patch:
+            take(road, patch)
+            resumed = Trainer(config, tmp_path / "killed")
+            assert resumed.counters.t_env > 0
+            resumed.run()
+            assert (resumed.learner.captures > 0) == road.endswith("recorded")
+    assert_identical(final_state(whole), final_state(resumed))
+
+
+def test_fetching_ahead_and_episodes_in_between_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison above covers all: batches fetched ahead and used, and batches exchanged for newer ones."""
+    taken: list[bool] = []
+    original = StreamedFeed._take_pending
+
+    def noted(self: StreamedFeed, draw: Draw) -> Any:
+        pending = self._pending is not None
+        fetched = original(self, draw)
+        if pending:
+            taken.append(fetched is not None)
+        return fetched
+
+    monkeypatch.setattr(StreamedFeed, "_take_pending", noted)
+    take("streamed", monkeypatch)
+    Trainer(CONFIGS["ragged iql, two updates"], tmp_path).run()
+    assert taken.count(True) > 20 and taken.count(False) > 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["ragged qmix", "ragged iql, two updates", "ragged prioritised", "float16 replay"])
+def test_a_run_on_a_gpu_ends_the_same_whatever_happens_to_it(tmp_path: Path, name: str) -> None:
+    """With graphs and without, episodes on the device or streamed to it, left alone or killed and gone on otherwise."""
+    resident = replace(CONFIGS[name], device="cuda")
+    streamed = replace(resident, replay_device="cpu", graphs=False)
+    whole = Trainer(resident, tmp_path / "whole")
+    whole.run()
+    assert isinstance(whole.replay.storage, DeviceStorage) and whole.learner.captures > 0
+    other = Trainer(streamed, tmp_path / "other")
+    other.run()
+    assert isinstance(other.feed, StreamedFeed) and other.learner.captures == 0
+    for kill_at, config in (
+        (200, resident),
+        (350, replace(streamed, graphs=True)),
+        (500, replace(resident, graphs=False)),
+    ):
+        with pytest.raises(Killed):
+            Trainer(config, tmp_path / "killed", on_progress=killed_after(kill_at)).run()
+    resumed = Trainer(resident, tmp_path / "killed")
+    assert resumed.counters.t_env > 0
+    resumed.run()
+    assert_identical(final_state(whole), final_state(other))
+    assert_identical(final_state(whole), final_state(resumed))
+
+
+def test_settings_of_the_machine_may_change(tmp_path: Path) -> None:
+    Trainer(MATRIX, tmp_path).run()
+    changed = replace(MATRIX, graphs=False, replay_device="cpu")
+    Trainer(changed, tmp_path).run()
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["graphs"] is False
+    assert load_run(tmp_path)[0] == changed
+
+
+def test_a_device_that_fills_up_meanwhile_sends_replay_to_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(replay_module, "DeviceStorage", full)
+    plan = replace(Plan.of(MATRIX), replay_device=torch.device("cpu"))
+    said: list[str] = []
+    assert isinstance(make_replay(plan, 0, said.append).storage, HostStorage)
+    assert len(said) == 1 and "had no room left for the replay buffer of" in said[0]
+    with pytest.raises(MemoryError, match="lower --buffer-size, or leave it to --replay-device auto"):
+        make_replay(replace(plan, config=replace(MATRIX, replay_device="cuda")), 0, said.append)
 
 
 def test_resuming_matters_for_every_part(tmp_path: Path) -> None:
