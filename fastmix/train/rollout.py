@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from fastmix._parts import part
 from fastmix.algorithms import Algorithm
 from fastmix.envs import BatchedEnv
 from fastmix.train.replay import ReplayBuffer
@@ -36,12 +37,13 @@ class Player:
 
         Afterwards ``steps`` counts the transitions of each running episode and ``returns`` sums their rewards.
         """
-        obs, avail = self._obs.to(self.device), self._avail.to(self.device)
-        chosen, self.hidden = self.algo.act(
-            obs, self.last_actions, avail, self.hidden, epsilon=epsilon, generator=generator
-        )
-        self.last_actions.copy_(chosen)
-        actions: np.ndarray = chosen.cpu().numpy()
+        with part("acting"):
+            obs, avail = self._obs.to(self.device), self._avail.to(self.device)
+            chosen, self.hidden = self.algo.act(
+                obs, self.last_actions, avail, self.hidden, epsilon=epsilon, generator=generator
+            )
+            self.last_actions.copy_(chosen)
+            actions: np.ndarray = chosen.cpu().numpy()
         self.env.step(actions)
         self.steps += 1
         self.returns += self.env.reward
