@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--rounds", type=int, default=25, metavar="N", help="timed calls at most (default: 25)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
+    parser.add_argument("--json", metavar="FILE", help="write the measurements as JSON; - prints them and nothing else")
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="write a Chrome trace for ui.perfetto.dev (.json or .json.gz)"
     )
@@ -83,15 +83,20 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     try:
-        content = _profile_step(args) if args.function is None else _profile_function(args)
+        lines, content = _profile_step(args) if args.function is None else _profile_function(args)
     finally:
         torch.set_num_threads(threads)
-    for path, what in ((args.json, "measurements"), (args.trace, "trace")):
-        if path is not None:
-            if path is args.json:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            print(f"{what} written to {path}")
+    as_json = json.dumps(content, indent=2)
+    if args.json == "-":
+        print(as_json)
+        return 0
+    if args.json is not None:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(as_json + "\n", encoding="utf-8")
+        lines.append(f"measurements are in {args.json}")
+    if args.trace is not None:
+        lines.append(f"the trace is in {args.trace}; ui.perfetto.dev shows it")
+    print("\n".join(lines))
     return 0
 
 
@@ -172,7 +177,8 @@ def acting_step(algo: Algorithm) -> Function:
     return lambda: player.play(EPSILON, generator)
 
 
-def _profile_step(args: argparse.Namespace) -> dict[str, Any]:
+def _profile_step(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
+    """What to print, and what to write."""
     algo_name, preset, shape = (getattr(args, name) or default for name, default in STEP_OPTIONS.items())
     device = args.device or "cpu"
     if args.graphs and device != "cuda":
@@ -195,29 +201,25 @@ def _profile_step(args: argparse.Namespace) -> dict[str, Any]:
         profiles["replay"] = dataclasses.replace(replay, parts=tuple(renamed))
     acting = profile(acting_step(algo), rounds=args.rounds, device=device)
 
-    print(
-        f"{algo_name} ({preset}), {shape}: one step on {episodes} episodes of {length} transitions, {_where(device)}\n"
-    )
-    print(table(profiles))
+    title = f"{algo_name} ({preset}), {shape}: one step on {episodes} episodes of {length} transitions"
+    lines = [title, _where(device), "", table(profiles)]
     for name, found in profiles.items():
-        print()
-        print("\n".join(f"{name}: {line}" if len(profiles) > 1 else line for line in summary(found)))
+        lines += ["", *(f"{name}: {line}" if len(profiles) > 1 else line for line in summary(found))]
     if args.graphs:
-        print("parts are those of the step without a graph; the kernels inside a replay have no names of parts")
-    print(_acting_text(acting, profiles["replay" if args.graphs else "ours"], algo, length))
+        lines.append("parts are those of the step without a graph: what a replay runs has no names")
+    lines.append(_acting_text(acting, profiles["replay" if args.graphs else "ours"], algo, length))
     setting = {"algo": algo_name, "preset": preset, "shape": shape, "episodes": episodes, "steps": length}
-    return _content(setting, profiles | {"acting": acting})
+    return lines, _content(setting, profiles | {"acting": acting})
 
 
-def _profile_function(args: argparse.Namespace) -> dict[str, Any]:
+def _profile_function(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     for name in (*STEP_OPTIONS, "batch_size", "steps", "against", "graphs"):
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} cannot be given with --function")
     function = load_function(args.function)
     found = profile(function, rounds=args.rounds, device=args.device, trace=args.trace)
-    print(f"{args.function}\n{_where(found.device)}\n")
-    print(found)
-    return _content({"function": args.function}, {"function": found})
+    lines = [args.function, _where(found.device), "", str(found)]
+    return lines, _content({"function": args.function}, {"function": found})
 
 
 def _acting_text(acting: Profile, step: Profile, algo: Algorithm, length: int) -> str:

@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -207,21 +208,22 @@ def _profile(function: Function, on_cuda: bool, host: Timing, wall: Timing, keep
     with nullcontext() if on_cuda else _marked_core():
         traced = _trace(function, on_cuda, _TRACED, keep=keep)
     window = min(traced.windows[1:], key=lambda window: window.duration)
-    labels: dict[Label, float] = {}
+    labels: Counter[Label] = Counter()
     for label, duration in traced.timeline.spans(window.start, window.end):
-        labels[label] = labels.get(label, 0.0) + duration
+        labels[label] += duration
     work = cuda_work(traced.events, window.start, window.end, traced.timeline)
+    per_nanosecond = 1e-9  # of the device's time
     if not on_cuda:
+        per_nanosecond = host.median / window.duration
         for event in traced.events:
             if event.name.startswith(_CORE) and window.start <= event.start < window.end:
                 label = traced.timeline.label(event.start)
                 work.kernels[label] += 1
-                share = event.duration / window.duration
-                work.seconds[label] = work.seconds.get(label, 0.0) + share * host.median
+                work.nanoseconds[label] += event.duration
     has_kernels = on_cuda or backends.core_problem() is None
     parts = []
     for label in sorted({**labels, **counts}, key=lambda label: label == OTHER):
-        share = labels.get(label, 0.0) / window.duration
+        share = labels[label] / window.duration
         dispatches, views = counts.get(label, (0, 0))
         parts.append(
             Part(
@@ -232,7 +234,7 @@ def _profile(function: Function, on_cuda: bool, host: Timing, wall: Timing, keep
                 host_s=share * host.median,
                 share=share,
                 kernels=work.kernels[label] if has_kernels else None,
-                kernel_s=work.seconds.get(label, 0.0) if has_kernels else None,
+                kernel_s=per_nanosecond * work.nanoseconds[label] if has_kernels else None,
                 synchronisations=work.waits[label] if on_cuda else None,
             )
         )
@@ -242,7 +244,7 @@ def _profile(function: Function, on_cuda: bool, host: Timing, wall: Timing, keep
         parts=tuple(parts),
         host=host,
         wall=wall,
-        traced_s=1e-6 * window.duration,
+        traced_s=1e-9 * window.duration,
         copies=work.copies if on_cuda else None,
         held_bytes=held,
         peak_bytes=peak,

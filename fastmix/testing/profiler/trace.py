@@ -16,7 +16,8 @@ NODE: Final = "autograd::engine::evaluate_function: "
 
 _CALLS: Final = ("cuda_runtime", "cuda_driver")  # categories of the host's calls of CUDA
 _COPIES: Final = ("gpu_memcpy", "gpu_memset")  # ... and of what the device does besides kernels
-_WAITS: Final = re.compile(r"cu(da)?(Stream|Device|Event|Ctx)Synchronize(_v\d+)?|cu(da)?Memcpy(?!.*Async).*")
+_WAITS: Final = re.compile(r"cu(da)?(Stream|Device|Event|Ctx)Synchronize|cu(da)?Memcpy(?!.*Async).*")
+_VERSION: Final = re.compile(r"(_pt[ds][sz])?(_v\d+)?$")  # of a function of CUDA's, behind its name
 
 
 class Label(NamedTuple):
@@ -30,16 +31,16 @@ OTHER: Final = Label("other")
 
 
 class Event(NamedTuple):
-    """Something that took time. In microseconds, on one clock for host and device."""
+    """Something that took time. In whole nanoseconds, on one clock for host and device."""
 
     name: str
     category: str
-    start: float
-    duration: float
+    start: int
+    duration: int
     args: dict[str, Any]
 
     @property
-    def end(self) -> float:
+    def end(self) -> int:
         """When it was over."""
         return self.start + self.duration
 
@@ -49,7 +50,7 @@ class Work(NamedTuple):
 
     kernels: Counter[Label]
     """Kernels, by the part that launched them."""
-    seconds: dict[Label, float]
+    nanoseconds: Counter[Label]
     """Time of the device in them."""
     waits: Counter[Label]
     """Calls in which the host waited for the device."""
@@ -63,7 +64,7 @@ def load(path: Path) -> list[Event]:
     """The events of a trace file that have a duration, in the order in which they began."""
     content = json.loads(path.read_text(encoding="utf-8"))
     events = [
-        Event(e["name"], e.get("cat", ""), float(e["ts"]), float(e["dur"]), e.get("args", {}))
+        Event(e["name"], e.get("cat", ""), round(1000 * e["ts"]), round(1000 * e.get("dur", 0)), e.get("args", {}))
         for e in content["traceEvents"]
         if e.get("ph") == "X"
     ]
@@ -95,10 +96,10 @@ class Timeline:
         intervals: start, end and label. Of two that overlap without nesting, the one that began later counts.
     """
 
-    def __init__(self, intervals: Iterable[tuple[float, float, Label]]) -> None:
+    def __init__(self, intervals: Iterable[tuple[int, int, Label]]) -> None:
         ordered = sorted((i for i in intervals if i[1] > i[0]), key=lambda i: (i[0], -i[1]))
         boundaries = sorted({time for start, end, _ in ordered for time in (start, end)})
-        self._times: Sequence[float] = boundaries
+        self._times: Sequence[int] = boundaries
         self._labels: list[Label] = []
         active: list[int] = []  # negative indices into ordered, the innermost interval first
         begun = 0
@@ -110,12 +111,12 @@ class Timeline:
                 heapq.heappop(active)
             self._labels.append(ordered[-active[0]][2] if active else OTHER)
 
-    def label(self, time: float) -> Label:
+    def label(self, time: int) -> Label:
         """What ran at ``time``."""
         index = bisect_right(self._times, time) - 1
         return OTHER if index < 0 else self._labels[index]
 
-    def spans(self, start: float, end: float) -> Iterator[tuple[Label, float]]:
+    def spans(self, start: int, end: int) -> Iterator[tuple[Label, int]]:
         """Everything between ``start`` and ``end``, cut into labelled pieces: label and duration."""
         index = bisect_right(self._times, start)
         time = start
@@ -144,21 +145,23 @@ def timeline(events: Iterable[Event], parts: Parts, prefix: str) -> Timeline:
     return Timeline(intervals)
 
 
-def cuda_work(events: Iterable[Event], start: float, end: float, parts: Timeline) -> Work:
+def cuda_work(events: Iterable[Event], start: int, end: int, parts: Timeline) -> Work:
     """What the calls of CUDA between ``start`` and ``end`` came to, whenever the device did it.
 
     A kernel is its launch's, by the number that both carry; all kernels of a graph carry the number of its launch.
     """
     events = list(events)
-    calls = [e for e in events if e.category in _CALLS and start <= e.start < end]
+    calls = [
+        e._replace(name=_VERSION.sub("", e.name)) for e in events if e.category in _CALLS and start <= e.start < end
+    ]
     labels = {e.args["correlation"]: parts.label(e.start) for e in calls if "correlation" in e.args}
-    work = Work(Counter(), {}, Counter(), 0, Counter(e.name for e in calls))
+    work = Work(Counter(), Counter(), Counter(), 0, Counter(e.name for e in calls))
     work.waits.update(parts.label(e.start) for e in calls if _WAITS.fullmatch(e.name))
     copies = 0
     for event in events:
         label = labels.get(event.args.get("correlation"))
         if label is not None and event.category == "kernel":
             work.kernels[label] += 1
-            work.seconds[label] = work.seconds.get(label, 0.0) + 1e-6 * event.duration
+            work.nanoseconds[label] += event.duration
         copies += label is not None and event.category in _COPIES
     return work._replace(copies=copies)
