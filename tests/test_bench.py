@@ -187,8 +187,8 @@ def test_a_step_without_baseline_is_named(settings: dict[str, Any], named: str) 
 
 
 SMALL_CASES = [
-    pytest.param(lambda: cases.monotonic("3m", 33, compiled=False), id="monotonic training"),
-    pytest.param(lambda: cases.monotonic("27m_vs_30m", 3, train=False, compiled=False), id="monotonic forward"),
+    pytest.param(lambda: cases.monotonic("3m", 33, compiled=()), id="monotonic training"),
+    pytest.param(lambda: cases.monotonic("27m_vs_30m", 3, train=False, compiled=()), id="monotonic forward"),
     pytest.param(lambda: cases.recurrent("matrix"), id="recurrent training"),
     pytest.param(lambda: cases.recurrent("3m", train=False), id="recurrent forward"),
     pytest.param(lambda: cases.acting("MMM2", 3), id="acting"),

@@ -69,7 +69,13 @@ def cell_loop(agent: Callable[..., tuple[Tensor, Tensor]], inputs: Tensor, hidde
 
 
 def monotonic_products(
-    rows: int, n_agents: int, state_dim: int, embed: int = 32, hypernet: int = 64, dtype: torch.dtype = torch.float32
+    rows: int,
+    n_agents: int,
+    state_dim: int,
+    embed: int = 32,
+    hypernet: int = 64,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> Callable[[], None]:
     """The 11 products of `monotonic` forward and backward one after another, into kept buffers.
 
@@ -79,7 +85,7 @@ def monotonic_products(
     wide = n_agents * embed
 
     def new(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=dtype)
+        return torch.randn(*shape, dtype=dtype, device=device)
 
     states, first_weight = new(rows, state_dim), new(state_dim, first)
     h1, h2, vh = new(rows, hypernet), new(rows, hypernet), new(rows, embed)
@@ -104,7 +110,13 @@ def monotonic_products(
 
 
 def recurrent_products(
-    rows: int, steps: int, n_inputs: int, n_actions: int, hidden: int = 64, dtype: torch.dtype = torch.float32
+    rows: int,
+    steps: int,
+    n_inputs: int,
+    n_actions: int,
+    hidden: int = 64,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> Callable[[], None]:
     """The products of `recurrent` forward and backward into kept buffers: over all steps at once, the carry per step.
 
@@ -112,7 +124,7 @@ def recurrent_products(
     """
 
     def new(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=dtype)
+        return torch.randn(*shape, dtype=dtype, device=device)
 
     total = steps * rows
     inputs, x, dx, dgi = new(total, n_inputs), new(total, hidden), new(total, hidden), new(total, 3 * hidden)

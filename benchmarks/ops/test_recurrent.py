@@ -6,14 +6,13 @@ from functools import partial
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import harness
 from fastmix.experiments.bench import cases
 
 # Called without gradients, with the cell of the loop compiled.
-_forward = partial(cases.recurrent, train=False, dtype=torch.float32, compiled=True)
-_training = partial(cases.recurrent, train=True, dtype=torch.float32, compiled=True)
+_forward = partial(cases.recurrent, train=False, compiled=("compile",))
+_training = partial(cases.recurrent, train=True, compiled=("compile",))
 
 
 @pytest.mark.parametrize(

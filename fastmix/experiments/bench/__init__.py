@@ -1,7 +1,8 @@
 """``fastmix bench``: how fast this machine runs fastmix, and how fast the same computations the public way.
 
-``step`` times one learner step, ``ops`` single operators, ``table`` everything that fastmix sets a goal for. All
-contestants run interleaved in one process; a case whose numbers do not agree with the reference is not timed.
+``step`` times one learner step, ``ops`` single operators, ``table`` everything that fastmix sets a goal for, each on
+the CPU or on a CUDA device; ``join`` makes one report of several runs. All contestants run interleaved in one process;
+a case whose numbers do not agree with the reference is not timed.
 """
 
 from __future__ import annotations
@@ -20,14 +21,19 @@ from fastmix.testing.shapes import SHAPES
 
 OPS = ("monotonic", "recurrent", "returns", "select", "td_loss")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+BASELINES = ("eager", "compile", "autotune")
+PARTS = ("small", "monotonic", "recurrent", "step", "compile", "autotune")
+"""of the table on a CUDA device, what matters most first"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the subcommands ``step``, ``ops`` and ``table`` with their options."""
+    """Add the subcommands ``step``, ``ops``, ``table`` and ``join`` with their options."""
     commands = parser.add_subparsers(dest="bench_command", metavar="WHAT", required=True)
     _add_step(commands.add_parser("step", help="one learner step against the same step the public way"))
     _add_ops(commands.add_parser("ops", help="single operators against plain PyTorch"))
     _add_table(commands.add_parser("table", help="every speed that fastmix sets a goal for, within about ten minutes"))
+    _add_join(commands.add_parser("join", help="one report of several, written by --json on one machine"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,18 +43,22 @@ def run(args: argparse.Namespace) -> int:
         ValueError: arguments that do not fit together.
         ImportError: this installation has no baselines to measure against.
     """
-    from fastmix.experiments.bench import report
-
     previous = torch.get_num_threads()
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        measure: Callable[[argparse.Namespace], list[dict[str, Any]]] = args.bench
-        content = report.report(measure(args), args.dtype)
+        measure: Callable[[argparse.Namespace], dict[str, Any]] = args.bench
+        content = measure(args)
     finally:
         torch.set_num_threads(previous)
+    return _show(content, args)
+
+
+def _show(content: dict[str, Any], args: argparse.Namespace) -> int:
+    from fastmix.experiments.bench import report
+
     if args.json != "-" and args.markdown != "-":
-        print(report.text(content))
+        print(report.brief(content) if args.brief else report.text(content))
     _write(args.json, json.dumps(content, indent=2) + "\n")
     _write(args.markdown, report.markdown(content))
     return 0 if report.all_agree(content["results"]) else 1
@@ -61,7 +71,7 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_positive, help="episodes in the batch (default: usual for the shape)")
     parser.add_argument("--steps", type=_positive, help="transitions of the longest episode (default: by the shape)")
     parser.add_argument(
-        "--baseline", type=_names, default=("eager",), help="what to compare with: eager, compile or eager,compile"
+        "--baseline", type=_names, default=("eager",), help="what to compare with: names of eager and compile"
     )
     _add_common(parser, _measure_step)
 
@@ -75,81 +85,149 @@ def _add_ops(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--forward", action="store_true", help="forward without gradients instead of a training pass")
     parser.add_argument("--acting", action="store_true", help="recurrent: single acting steps of --rows rows")
     parser.add_argument(
-        "--baseline", type=_names, default=("eager", "compile"), help="eager or eager,compile (default: both)"
+        "--baseline",
+        type=_names,
+        default=("eager", "compile"),
+        help="names of eager, compile and, of monotonic, autotune (default: eager,compile)",
     )
     _add_common(parser, _measure_ops)
 
 
 def _add_table(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", type=_names, default=("eager", "compile"), help="eager or eager,compile")
+    parser.add_argument(
+        "--part", action="append", choices=PARTS, help="with --device cuda: only this part; may be repeated"
+    )
     parser.add_argument("--markdown", metavar="FILE", help="write the tables as markdown; - prints them")
     _add_common(parser, _measure_table)
-    parser.set_defaults(threads=2, dtype="float32")
+    parser.set_defaults(threads=2, dtype="float32", precision="highest", autocast="none")
 
 
-def _add_common(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], list[dict[str, Any]]]) -> None:
+def _add_join(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("reports", nargs="+", metavar="FILE", help="reports to join; the first one's contestants count")
+    parser.add_argument("--json", metavar="FILE", help="write the joined report as JSON; - prints it")
+    parser.add_argument("--markdown", metavar="FILE", help="write the tables as markdown; - prints them")
+    parser.add_argument("--brief", action="store_true", help="print one line for each case that has a goal or failed")
+    parser.set_defaults(bench=_join, threads=None)
+
+
+def _add_common(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], dict[str, Any]]) -> None:
     parser.add_argument("--threads", type=_positive, help="threads of torch and of fastmix (default: torch's choice)")
     parser.add_argument("--rounds", type=_positive, default=31, help="rounds to measure at most (default: 31)")
     parser.add_argument(
         "--seconds", type=float, default=8.0, help="seconds a case is measured for at most (default: 8)"
     )
     parser.add_argument("--json", metavar="FILE", help="write the measurements as JSON; - prints them")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default: cpu)")
+    parser.add_argument(
+        "--ceilings", metavar="FILE", help="with --device cuda: the device's rates, read from there or written there"
+    )
     if measure is not _measure_table:  # the goals of the table are for float32
         parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
-    parser.set_defaults(bench=measure, markdown=None)
+        parser.add_argument(
+            "--precision",
+            choices=("highest", "high"),
+            default="highest",
+            help="of float32 products on a CUDA device (default: highest)",
+        )
+        parser.add_argument(
+            "--autocast", choices=("none", *AUTOCAST), default="none", help="measure under autocast (default: none)"
+        )
+    parser.set_defaults(bench=measure, markdown=None, brief=False)
 
 
-def _measure_step(args: argparse.Namespace) -> list[dict[str, Any]]:
+def _measure_step(args: argparse.Namespace) -> dict[str, Any]:
     from fastmix.experiments.bench import report, steps
 
     build = partial(
-        steps.step, args.algo, args.shape, args.batch, args.steps, args.baseline, args.preset, DTYPES[args.dtype]
+        steps.step, args.algo, args.shape, args.batch, args.steps, args.baseline, args.preset, _setting(args)
     )
-    return report.run([report.Planned(build)], _effort(args))
+    return _report(args, lambda effort: report.run([report.Planned(build)], effort))
 
 
-def _measure_ops(args: argparse.Namespace) -> list[dict[str, Any]]:
+def _measure_ops(args: argparse.Namespace) -> dict[str, Any]:
     from fastmix.experiments.bench import report
 
-    return report.run(_planned_ops(args), _effort(args))
+    return _report(args, lambda effort: report.run(_planned_ops(args), effort))
 
 
-def _measure_table(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from fastmix.experiments.bench import table
+def _measure_table(args: argparse.Namespace) -> dict[str, Any]:
+    from fastmix.experiments.bench import report, table, table_cuda
 
-    return table.run(_effort(args), args.threads, "compile" in args.baseline)
+    if args.device == "cpu":
+        return _report(args, lambda effort: table.run(effort, args.threads, "compile" in args.baseline))
+
+    def run(effort: Any) -> list[dict[str, Any]]:
+        results: list[dict[str, Any]] = []
+
+        def keep(result: dict[str, Any]) -> None:
+            """Write what there is, since a limit of time may end this at any moment."""
+            results.append(result)
+            content = report.report(results, args.dtype, args.device, effort.ceilings)
+            _write(None if args.json == "-" else args.json, json.dumps(content, indent=2) + "\n")
+
+        return report.run(table_cuda.plan(args.part or PARTS), effort, keep, tolerant=True)
+
+    return _report(args, run)
+
+
+def _join(args: argparse.Namespace) -> dict[str, Any]:
+    from fastmix.experiments.bench import report
+
+    contents = [json.loads(Path(name).read_text()) for name in args.reports]
+    environment = contents[0]["environment"]
+    environment["command"] = [content["environment"]["command"] for content in contents]
+    results = [result for content in contents for result in content["results"]]
+    return {**contents[0], "environment": environment, "results": report.joined(results)}
+
+
+def _report(args: argparse.Namespace, run: Callable[[Any], list[dict[str, Any]]]) -> dict[str, Any]:
+    """What ``run`` measures, with where and how.
+
+    Raises:
+        ValueError: a CUDA device is asked for, and there is none.
+    """
+    from fastmix.experiments.bench import bounds, report
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device must be cpu, got cuda: this torch sees no CUDA device")
+    ceilings = None
+    if args.device == "cuda":
+        ceilings = bounds.remembered(Path(args.ceilings)) if args.ceilings else bounds.measured()
+    effort = report.Effort(rounds=args.rounds, max_time=args.seconds, ceilings=ceilings)
+    return report.report(run(effort), args.dtype, args.device, ceilings)
+
+
+def _setting(args: argparse.Namespace) -> Any:
+    from fastmix.experiments.bench.cases import Setting
+
+    return Setting(args.device, DTYPES[args.dtype], args.precision, AUTOCAST.get(args.autocast))
 
 
 def _planned_ops(args: argparse.Namespace) -> Iterator[Any]:
     from fastmix.experiments.bench import cases
     from fastmix.experiments.bench.report import Planned
 
-    shapes, dtype, train = args.shape or list(SHAPES), DTYPES[args.dtype], not args.forward
-    compiled = "compile" in args.baseline
+    shapes, setting, train = args.shape or list(SHAPES), _setting(args), not args.forward
+    compiled = tuple(name for name in cases.COMPILERS if name in args.baseline)
     for op in args.op or OPS:
         for shape in shapes:
             sizes = SHAPES[shape]
             if op == "monotonic":
                 for rows in args.rows or (1_920, 15_360):
-                    yield Planned(partial(cases.monotonic, shape, rows, train, dtype, compiled))
+                    yield Planned(partial(cases.monotonic, shape, rows, train, setting, compiled))
             elif op == "recurrent" and args.acting:
                 for rows in args.rows or (3, 8, 27, 64, 128, 512):
-                    yield Planned(partial(cases.acting, shape, rows, dtype))
+                    yield Planned(partial(cases.acting, shape, rows, setting))
             elif op == "recurrent":
-                yield Planned(partial(cases.recurrent, shape, train, dtype, compiled))
+                yield Planned(partial(cases.recurrent, shape, train, setting, compiled))
             elif op == "returns":
-                yield Planned(partial(cases.returns, sizes.batch_size, sizes.steps, dtype))
+                yield Planned(partial(cases.returns, sizes.batch_size, sizes.steps, setting))
             elif op == "select":
                 batch = (sizes.batch_size, sizes.steps, sizes.n_agents, sizes.n_actions)
-                yield Planned(partial(cases.select, *batch, train, dtype))
+                yield Planned(partial(cases.select, *batch, train, setting))
             else:
-                yield Planned(partial(cases.td_loss, sizes.batch_size, sizes.steps, dtype))
-
-
-def _effort(args: argparse.Namespace) -> Any:
-    from fastmix.experiments.bench.report import Effort
-
-    return Effort(rounds=args.rounds, max_time=args.seconds)
+                yield Planned(partial(cases.td_loss, sizes.batch_size, sizes.steps, setting))
 
 
 def _write(target: str | None, content: str) -> None:
@@ -169,6 +247,6 @@ def _positive(text: str) -> int:
 
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(name for name in text.split(",") if name)
-    if not set(names) <= {"eager", "compile"}:
-        raise argparse.ArgumentTypeError(f"must be eager, compile or eager,compile, got {text!r}")
+    if not set(names) <= set(BASELINES):
+        raise argparse.ArgumentTypeError(f"must be names of {', '.join(BASELINES)} with commas between, got {text!r}")
     return names

@@ -1,9 +1,9 @@
 """What is measured: one `Case` holds one computation as fastmix does it and in the ways it is compared with.
 
-Contestants: ``ours``; ``eager``, the public way in plain PyTorch; ``compile``, that under ``torch.compile``;
-``products``, the matrix products alone, a bound; for `recurrent` also ``gru``, ``nn.GRU`` with its linear layers, and
-``cell``, the loop over ``nn.GRUCell``. Every case can compare itself with the reference, and nothing is timed that does
-not agree with it.
+Contestants: ``ours``; ``eager``, the public way in plain PyTorch; ``compile``, that under ``torch.compile``, and
+``autotune``, the same with ``mode="max-autotune"``, which uses graphs of its own; ``products``, the matrix products
+alone, a bound; for `recurrent` also ``gru``, ``nn.GRU`` with its linear layers, and ``cell``, the loop over
+``nn.GRUCell``. Every case can compare itself with the reference, and nothing is timed that does not agree with it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import gc
 import math
 import multiprocessing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -20,21 +22,96 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmix import ops
-from fastmix.experiments.bench import baselines
+from fastmix.experiments.bench import baselines, bounds
+from fastmix.experiments.bench.bounds import Ceilings
 from fastmix.ops.monotonic import MonotonicParams
 from fastmix.ops.recurrent import RecurrentParams, Stepper
 from fastmix.testing import rms_ratio
-from fastmix.testing.bench import peak_memory, saved_bytes
+from fastmix.testing.bench import Rotating, peak_memory, saved_bytes
 from fastmix.testing.shapes import SHAPES
 
-TOLERANCE: Final = {torch.float32: 1e-5, torch.float64: 1e-10}
-"""Largest RMS ratio between ours and the reference."""
+COMPILERS: Final = ("compile", "autotune")
+"""Contestants that are the eager one under ``torch.compile``."""
 
 # An argument of relu or abs within rounding of zero may take the other side in another summation order. Rows with such
 # an argument get no upstream gradient when gradients are compared.
 _KINK: Final = 4e-6
 
 _SEED: Final = 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a case runs, and with how many digits."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    precision: str = "highest"
+    """of float32 matrix products, as in `torch.set_float32_matmul_precision`; cuDNN is set alike"""
+    autocast: torch.dtype | None = None
+
+    @property
+    def name(self) -> str:
+        """One word for tables."""
+        if self.autocast is not None:
+            return f"autocast {_short(self.autocast)}"
+        return _short(self.dtype) if self.dtype != torch.float32 or self.device == "cpu" else self.precision
+
+    @property
+    def tolerance(self) -> float:
+        """Largest RMS ratio between our values and the float64 reference.
+
+        Products keep all digits of float32 factors in "highest", 11 bits of each factor in "high", 8 in bfloat16.
+        """
+        if self.autocast is not None:
+            return 1e-2 if self.autocast == torch.bfloat16 else 2e-3
+        if self.dtype == torch.float64:
+            return 1e-10
+        return 1e-3 if self.precision == "high" and self.device == "cuda" else 1e-5
+
+    @property
+    def gradient_tolerance(self) -> float:
+        """The same of gradients: in lower precision units near zero change sides, and with it their slope."""
+        if self.autocast is not None:
+            return 0.15
+        return self.tolerance if self.tolerance <= 1e-5 else 3e-2
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Products inside the block have this precision."""
+        outer = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        torch.set_float32_matmul_precision(self.precision)
+        torch.backends.cudnn.allow_tf32 = self.precision != "highest"
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(outer[0])
+            torch.backends.cudnn.allow_tf32 = outer[1]
+
+    def entered(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """``call`` under this autocast, which is entered at every call as in a training step."""
+        if self.autocast is None:
+            return call
+
+        def run() -> Any:
+            with torch.autocast(self.device, self.autocast):
+                return call()
+
+        return run
+
+    def new(self, *shape: int, requires_grad: bool = False) -> Tensor:
+        """Random numbers."""
+        return torch.randn(*shape, dtype=self.dtype, device=self.device, requires_grad=requires_grad)
+
+    def sets(self, n_bytes: int) -> int:
+        """Sets of inputs to rotate among so that one of ``n_bytes`` is not found in the cache of a CUDA device."""
+        if self.device != "cuda":
+            return 1
+        cache: int = torch.cuda.get_device_properties().L2_cache_size
+        return min(128, max(1, math.ceil(1.5 * cache / n_bytes)))
+
+
+FLOAT32: Final = Setting()
 
 
 @dataclass(frozen=True)
@@ -51,11 +128,19 @@ class Case:
     """Largest deviation of ours from the reference, as an RMS ratio"""
     tolerance: float
     note: str = ""
+    setting: Setting = FLOAT32
+    captured: tuple[str, ...] = ()
+    """Contestants that are also timed in a CUDA graph, as ``"<name> graph"``"""
+    floor: Callable[[Ceilings], float] | None = None
+    """Seconds no implementation can be much faster than, by what the device can do"""
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """Contestants that this installation lacks, and why"""
 
     @property
     def name(self) -> str:
         """One line for progress messages."""
-        return f"{self.op} {self.phase} {self.shape} " + " ".join(f"{key}={value}" for key, value in self.sizes.items())
+        sizes = " ".join(f"{key}={value}" for key, value in self.sizes.items())
+        return f"{self.op} {self.phase} {self.shape} {sizes} {self.setting.name}"
 
 
 class RecurrentSize(NamedTuple):
@@ -82,28 +167,36 @@ RECURRENT_SIZES: Final = {"matrix": RecurrentSize(128, 2, 2, 13, 3)} | {
 
 
 def monotonic(
-    shape: str, rows: int, train: bool = True, dtype: torch.dtype = torch.float32, compiled: bool = True
+    shape: str,
+    rows: int,
+    train: bool = True,
+    setting: Setting = FLOAT32,
+    compiled: Sequence[str] = ("compile",),
 ) -> Case:
-    """QMIX's mixer with two-layer hypernets (embed 32, hypernet 64); gradients for utilities and parameters."""
+    """QMIX's mixer with two-layer hypernets (embed 32, hypernet 64); gradients for utilities and parameters.
+
+    ``compiled`` names the `COMPILERS` to compare with.
+    """
     sizes = SHAPES[shape]
-    mixer, agent_qs, states = _mixing_inputs(shape, rows, dtype)
+    mixer = _mixer(shape, setting)
     params = mixing_params(mixer)
-    leaves = [agent_qs, *mixer.parameters()]
-    cotangent = torch.randn(rows, 1, dtype=dtype)
+    modules: dict[str, Callable[..., Tensor]] = {"eager": mixer, **_compilations(mixer, compiled)}
+    sets = setting.sets(4 * rows * (sizes.n_agents + sizes.state_dim + 1))
+    inputs = [_mixing_inputs(shape, rows, setting) for _ in range(sets)]
+    cotangents = [setting.new(rows, 1) for _ in range(sets)]
 
-    def module(call: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Tensor]:
-        return lambda: call(agent_qs.view(rows, 1, -1), states.view(rows, 1, -1)).view(rows, 1)
+    def passes(agent_qs: Tensor, states: Tensor, cotangent: Tensor) -> dict[str, Callable[[], object]]:
+        def module(call: Callable[..., Tensor]) -> Callable[[], Tensor]:
+            return lambda: call(agent_qs.view(rows, 1, -1), states.view(rows, 1, -1)).view(rows, 1)
 
-    def ours() -> Tensor:
-        return ops.monotonic(agent_qs, states, params)
+        forwards: dict[str, Callable[[], Tensor]] = {"ours": lambda: ops.monotonic(agent_qs, states, params)}
+        forwards |= {name: module(network) for name, network in modules.items()}
+        return _passes(forwards, [agent_qs, *mixer.parameters()], cotangent, train, setting)
 
-    forwards: dict[str, Callable[[], Tensor]] = {"ours": ours, "eager": module(mixer)}
-    if compiled:
-        forwards["compile"] = module(_compile(mixer))
-    contestants = _passes(forwards, leaves, cotangent, train)
+    contestants = _rotated([passes(*pair, cotangent) for pair, cotangent in zip(inputs, cotangents, strict=True)])
     if train:
         contestants["products"] = baselines.load("operators").monotonic_products(
-            rows, sizes.n_agents, sizes.state_dim, dtype=dtype
+            rows, sizes.n_agents, sizes.state_dim, dtype=setting.autocast or setting.dtype, device=setting.device
         )
     return Case(
         "monotonic",
@@ -111,40 +204,63 @@ def monotonic(
         shape,
         {"rows": rows},
         contestants,
-        lambda: _monotonic_error(agent_qs.detach(), states, params, cotangent),
-        TOLERANCE[dtype],
+        lambda: _monotonic_error(*inputs[0], params, cotangents[0], setting),
+        setting.tolerance,
+        setting=setting,
+        captured=("ours", "eager", "compile", "products"),
+        floor=lambda ceilings: bounds.monotonic(
+            rows, sizes.n_agents, sizes.state_dim, train, ceilings.rate(setting.precision, setting.autocast), ceilings
+        ),
     )
 
 
-def recurrent(shape: str, train: bool = True, dtype: torch.dtype = torch.float32, compiled: bool = False) -> Case:
-    """A training batch through the recurrent agent (hidden size 64) from a zero state; inputs need no gradient."""
+def recurrent(
+    shape: str,
+    train: bool = True,
+    setting: Setting = FLOAT32,
+    compiled: Sequence[str] = (),
+    episodes: int | None = None,
+    steps: int | None = None,
+    loops: bool = True,
+) -> Case:
+    """A training batch through the recurrent agent (hidden size 64) from a zero state; inputs need no gradient.
+
+    ``episodes`` and ``steps`` (observations) replace those of the shape's usual batch. Without ``loops`` the loop over
+    cells and the products step by step, which take long, are left out.
+    """
     size = RECURRENT_SIZES[shape]
+    size = size._replace(episodes=episodes or size.episodes, steps=steps or size.steps)
     networks, operators = baselines.load("networks"), baselines.load("operators")
     torch.manual_seed(_SEED)
-    cell = networks.CellAgent(size.n_inputs, size.n_actions).to(dtype)
-    gru = networks.SequenceAgent(size.n_inputs, size.n_actions).to(dtype)
+    cell = networks.CellAgent(size.n_inputs, size.n_actions).to(setting.device, setting.dtype)
+    gru = networks.SequenceAgent(size.n_inputs, size.n_actions).to(setting.device, setting.dtype)
     params = utility_params(cell)
     _copy_into_sequence(cell, gru)
     rows = size.episodes * size.n_agents
-    obs = torch.randn(size.episodes, size.steps, size.n_agents, size.n_inputs, dtype=dtype)
-    cotangent = torch.randn(size.episodes, size.steps, size.n_agents, size.n_actions, dtype=dtype)
+    obs = setting.new(size.episodes, size.steps, size.n_agents, size.n_inputs)
+    cotangent = setting.new(size.episodes, size.steps, size.n_agents, size.n_actions)
     # The baselines get the layout they are fastest with: time first.
     time_major = obs.transpose(0, 1).reshape(size.steps, rows, -1).contiguous()
     time_major_cotangent = cotangent.transpose(0, 1).reshape(size.steps, rows, -1).contiguous()
 
-    contestants = _passes({"ours": lambda: ops.recurrent(obs, [params])[0].q}, _present(params), cotangent, train)
-    forwards: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {
-        "gru": (gru, lambda: gru(time_major)),
-        "cell": (cell, lambda: operators.cell_loop(cell, time_major)),
-    }
-    if compiled:
-        compiled_cell = _compile(cell)
-        forwards["compile"] = (cell, lambda: operators.cell_loop(compiled_cell, time_major, cell.hidden_dim))
+    contestants = _passes(
+        {"ours": lambda: ops.recurrent(obs, [params])[0].q}, _present(params), cotangent, train, setting
+    )
+    forwards: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {"gru": (gru, lambda: gru(time_major))}
+    if loops:
+        forwards["cell"] = (cell, lambda: operators.cell_loop(cell, time_major))
+    for name, compiled_cell in _compilations(cell, compiled).items():
+        forwards[name] = (cell, partial(operators.cell_loop, compiled_cell, time_major, cell.hidden_dim))
     for name, (network, forward) in forwards.items():
-        contestants |= _passes({name: forward}, list(network.parameters()), time_major_cotangent, train)
-    if train:
+        contestants |= _passes({name: forward}, list(network.parameters()), time_major_cotangent, train, setting)
+    if train and loops:
         contestants["products"] = operators.recurrent_products(
-            rows, size.steps, size.n_inputs, size.n_actions, dtype=dtype
+            rows,
+            size.steps,
+            size.n_inputs,
+            size.n_actions,
+            dtype=setting.autocast or setting.dtype,
+            device=setting.device,
         )
     return Case(
         "recurrent",
@@ -152,20 +268,30 @@ def recurrent(shape: str, train: bool = True, dtype: torch.dtype = torch.float32
         shape,
         {"rows": rows, "steps": size.steps, "inputs": size.n_inputs, "actions": size.n_actions},
         contestants,
-        lambda: _recurrent_error(obs[:8], params, cotangent[:8]),
-        TOLERANCE[dtype],
+        lambda: _recurrent_error(obs[:8], params, cotangent[:8], setting),
+        setting.tolerance,
         "compile: the cell is compiled, the loop is not" if compiled else "",
+        setting=setting,
+        captured=("ours", "gru", "cell", "compile", "products"),
+        floor=lambda ceilings: bounds.recurrent(
+            rows * size.steps,
+            size.n_inputs,
+            size.n_actions,
+            train,
+            ceilings.rate(setting.precision, setting.autocast),
+            ceilings,
+        ),
     )
 
 
-def acting(shape: str, rows: int, dtype: torch.dtype = torch.float32) -> Case:
+def acting(shape: str, rows: int, setting: Setting = FLOAT32) -> Case:
     """One step of the recurrent agent in a rollout, without gradients."""
     size = RECURRENT_SIZES[shape]
     networks, operators = baselines.load("networks"), baselines.load("operators")
     torch.manual_seed(_SEED)
-    cell = networks.CellAgent(size.n_inputs, size.n_actions).to(dtype)
+    cell = networks.CellAgent(size.n_inputs, size.n_actions).to(setting.device, setting.dtype)
     params = utility_params(cell)
-    inputs, hidden = torch.randn(rows, size.n_inputs, dtype=dtype), torch.randn(rows, cell.hidden_dim, dtype=dtype)
+    inputs, hidden = setting.new(rows, size.n_inputs), setting.new(rows, cell.hidden_dim)
     obs, state = inputs.view(1, 1, rows, -1), hidden.view(1, rows, -1)
 
     step, first = Stepper(params, size.n_inputs), obs[0]
@@ -175,7 +301,7 @@ def acting(shape: str, rows: int, dtype: torch.dtype = torch.float32) -> Case:
 
     def error() -> float:
         expected = ops.recurrent(obs, [params], [state], backend="reference")[0]
-        return max(rms_ratio(a, b) for a, b in zip(ours(), (expected.q[0], expected.hidden), strict=True))
+        return largest(map(rms_ratio, ours(), (expected.q[0], expected.hidden)))
 
     return Case(
         "recurrent",
@@ -184,96 +310,136 @@ def acting(shape: str, rows: int, dtype: torch.dtype = torch.float32) -> Case:
         {"rows": rows, "inputs": size.n_inputs, "actions": size.n_actions},
         {"ours": ours, "eager": lambda: operators.acting_step(cell, inputs, hidden)},
         error,
-        TOLERANCE[dtype],
+        setting.tolerance,
+        setting=setting,
     )
 
 
-def returns(episodes: int, steps: int, dtype: torch.dtype = torch.float32) -> Case:
+def returns(episodes: int, steps: int, setting: Setting = FLOAT32) -> Case:
     """TD(lambda) targets of a batch against the recursion in Python."""
     torch.manual_seed(_SEED)
     operators = baselines.load("operators")
-    rewards, target_qs = torch.randn(episodes, steps, 1, dtype=dtype), torch.randn(episodes, steps + 1, 1, dtype=dtype)
-    mask, terminated = ragged_mask(episodes, steps, dtype)
     gamma, td_lambda = 0.99, 0.6
+    n_bytes = bounds.returns_bytes(episodes, steps, setting.dtype.itemsize)
 
-    def ours(backend: str | None = None) -> Tensor:
-        return ops.returns(rewards, terminated, mask, target_qs, gamma=gamma, td_lambda=td_lambda, backend=backend)
+    def draw() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mask, terminated = ragged_mask(episodes, steps, setting)
+        return setting.new(episodes, steps, 1), terminated, mask, setting.new(episodes, steps + 1, 1)
 
+    def ours(inputs: tuple[Tensor, ...], backend: str | None = None) -> Tensor:
+        return ops.returns(*inputs, gamma=gamma, td_lambda=td_lambda, backend=backend)
+
+    sets = [draw() for _ in range(setting.sets(n_bytes))]
     return Case(
         "returns",
         "forward",
         f"{episodes}x{steps}",
         {"episodes": episodes, "steps": steps},
-        {
-            "ours": ours,
-            "eager": lambda: operators.td_lambda_recursion(rewards, terminated, mask, target_qs, gamma, td_lambda),
-        },
-        lambda: rms_ratio(ours(), ours("reference")),
-        TOLERANCE[dtype],
+        _rotated(
+            [
+                {
+                    "ours": partial(ours, inputs),
+                    "eager": partial(operators.td_lambda_recursion, *inputs, gamma, td_lambda),
+                }
+                for inputs in sets
+            ]
+        ),
+        lambda: rms_ratio(ours(sets[0]), ours(_doubled(sets[0]), "reference")),
+        setting.tolerance,
+        setting=setting,
+        captured=("ours", "eager"),
+        floor=lambda ceilings: n_bytes / ceilings.bandwidth,
     )
 
 
 def select(
-    episodes: int, steps: int, n_agents: int, n_actions: int, train: bool = False, dtype: torch.dtype = torch.float32
+    episodes: int, steps: int, n_agents: int, n_actions: int, train: bool = False, setting: Setting = FLOAT32
 ) -> Case:
     """Greedy actions of a batch and the values that a learner gathers with them."""
     torch.manual_seed(_SEED)
     operators = baselines.load("operators")
     shape = (episodes, steps, n_agents)
-    agent_qs = torch.randn(*shape, n_actions, dtype=dtype, requires_grad=train)
-    target_qs = torch.randn(*shape, n_actions, dtype=dtype)
-    actions = torch.randint(n_actions, shape)
-    avail = (torch.rand(*shape, n_actions) < 0.6).scatter_(-1, actions.unsqueeze(-1), True)
-    cotangent = torch.randn(*shape, dtype=dtype)
+    n_bytes = bounds.select_bytes(math.prod(shape), n_agents, n_actions, train, setting.dtype.itemsize)
 
-    def ours(backend: str | None = None) -> Any:
+    def draw() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        actions = torch.randint(n_actions, shape, device=setting.device)
+        avail = torch.rand(*shape, n_actions, device=setting.device) < 0.6
+        avail.scatter_(-1, actions.unsqueeze(-1), True)
+        agent_qs = setting.new(*shape, n_actions, requires_grad=train)
+        return agent_qs, avail, actions, setting.new(*shape, n_actions)
+
+    def ours(inputs: tuple[Tensor, ...], backend: str | None = None) -> Any:
+        agent_qs, avail, actions, target_qs = inputs
         return ops.select(agent_qs, avail, actions=actions, target_qs=target_qs, backend=backend)
 
-    def steps_of_public_learners() -> Any:
-        return operators.select_steps(agent_qs, avail, actions, target_qs)
+    cotangent = setting.new(*shape)
+
+    def contestants(inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], Any]]:
+        calls: dict[str, Callable[[], Any]] = {
+            "ours": partial(ours, inputs),
+            "eager": partial(operators.select_steps, *inputs),
+        }
+        if not train:
+            return calls
+        return {name: _gradient_of_chosen(call, inputs[0], cotangent) for name, call in calls.items()}
+
+    sets = [draw() for _ in range(setting.sets(n_bytes))]
 
     def error() -> float:
-        pairs = list(zip(ours(), ours("reference"), strict=True))
+        pairs = list(zip(ours(sets[0]), ours(sets[0], "reference"), strict=True))
         return 0.0 if all(torch.equal(a, b) for a, b in pairs) else math.inf
 
-    calls: dict[str, Callable[[], Any]] = {"ours": ours, "eager": steps_of_public_learners}
-    contestants = dict(calls)
-    if train:
-        contestants = {name: _gradient_of_chosen(call, agent_qs, cotangent) for name, call in calls.items()}
     return Case(
         "select",
         "forward+backward" if train else "forward",
         "x".join(map(str, (*shape, n_actions))),
         {"episodes": episodes, "steps": steps, "agents": n_agents, "actions": n_actions},
-        contestants,
+        _rotated([contestants(inputs) for inputs in sets]),
         error,
         0.0,
+        setting=setting,
+        captured=("ours", "eager"),
+        floor=lambda ceilings: n_bytes / ceilings.bandwidth,
     )
 
 
-def td_loss(episodes: int, steps: int, dtype: torch.dtype = torch.float32) -> Case:
+def td_loss(episodes: int, steps: int, setting: Setting = FLOAT32) -> Case:
     """Masked squared error and its gradient."""
     torch.manual_seed(_SEED)
     operators = baselines.load("operators")
-    qs = torch.randn(episodes, steps, 1, dtype=dtype, requires_grad=True)
-    targets = torch.randn(episodes, steps, 1, dtype=dtype)
-    mask, _ = ragged_mask(episodes, steps, dtype)
-    one = torch.ones((), dtype=dtype)
+    one = torch.ones((), dtype=setting.dtype, device=setting.device)
+    n_bytes = bounds.td_loss_bytes(episodes * steps, setting.dtype.itemsize)
 
-    def ours(backend: str | None = None) -> Tensor:
-        return ops.td_loss(qs, targets, mask, backend=backend).loss
+    def draw() -> tuple[Tensor, Tensor, Tensor]:
+        qs = setting.new(episodes, steps, 1, requires_grad=True)
+        return qs, setting.new(episodes, steps, 1), ragged_mask(episodes, steps, setting)[0]
 
-    def gradient(backend: str | None) -> Tensor:
-        return torch.autograd.grad(ours(backend), qs)[0]
+    def ours(inputs: tuple[Tensor, ...], backend: str | None = None) -> Tensor:
+        return ops.td_loss(*inputs, backend=backend).loss
 
+    def results(inputs: tuple[Tensor, ...], backend: str | None) -> tuple[Tensor, Tensor]:
+        loss = ours(inputs, backend)
+        return loss, torch.autograd.grad(loss, inputs[0])[0]
+
+    def contestants(inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], object]]:
+        forwards: dict[str, Callable[[], Tensor]] = {
+            "ours": partial(ours, inputs),
+            "eager": lambda: operators.td_loss_steps(*inputs)[0],
+        }
+        return _passes(forwards, [inputs[0]], one, True, setting)
+
+    sets = [draw() for _ in range(setting.sets(n_bytes))]
     return Case(
         "td_loss",
         "forward+backward",
         f"{episodes}x{steps}",
         {"episodes": episodes, "steps": steps},
-        _passes({"ours": ours, "eager": lambda: operators.td_loss_steps(qs, targets, mask)[0]}, [qs], one, True),
-        lambda: max(rms_ratio(ours(), ours("reference")), rms_ratio(gradient(None), gradient("reference"))),
-        TOLERANCE[dtype],
+        _rotated([contestants(inputs) for inputs in sets]),
+        lambda: largest(map(rms_ratio, results(sets[0], None), results(_doubled(sets[0]), "reference"))),
+        setting.tolerance,
+        setting=setting,
+        captured=("ours", "eager"),
+        floor=lambda ceilings: n_bytes / ceilings.bandwidth,
     )
 
 
@@ -290,6 +456,12 @@ def monotonic_memory(shape: str, rows: int, threads: int) -> dict[str, dict[str,
         with context.Pool(1) as pool:
             result[contestant] = pool.apply(_memory, (contestant, shape, rows, threads))
     return result
+
+
+def largest(errors: Iterable[float]) -> float:
+    """`max` that does not pass over NaN."""
+    values = list(errors)
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def mixing_params(mixer: nn.Module) -> MonotonicParams:
@@ -310,13 +482,19 @@ def utility_params(cell: nn.Module) -> RecurrentParams:
     )
 
 
-def ragged_mask(episodes: int, steps: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def ragged_mask(episodes: int, steps: int, setting: Setting = FLOAT32) -> tuple[Tensor, Tensor]:
     """``mask`` and ``terminated``, ``[B, T, 1]``: lengths from half of ``steps`` to all; short episodes ended truly."""
     lengths = torch.randint(max(1, steps // 2), steps + 1, (episodes, 1))
     lengths[0] = steps
     time = torch.arange(steps)
     terminated = (time == lengths - 1) & (lengths < steps)
-    return (time < lengths).unsqueeze(-1).to(dtype), terminated.unsqueeze(-1).to(dtype)
+    flags = (time < lengths).unsqueeze(-1), terminated.unsqueeze(-1)
+    mask, ended = (flag.to(setting.device, setting.dtype) for flag in flags)
+    return mask, ended
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _hypernet(module: Any) -> tuple[Any, Any, Any, Any]:
@@ -326,16 +504,24 @@ def _hypernet(module: Any) -> tuple[Any, Any, Any, Any]:
     return module[0].weight, module[0].bias, module[2].weight, module[2].bias
 
 
-def _mixing_inputs(shape: str, rows: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor]:
+def _mixer(shape: str, setting: Setting) -> nn.Module:
     sizes = SHAPES[shape]
     torch.manual_seed(_SEED)
-    mixer = baselines.load("networks").QMixer(sizes.n_agents, sizes.state_dim).to(dtype)
-    agent_qs = torch.randn(rows, sizes.n_agents, dtype=dtype, requires_grad=True)
-    return mixer, agent_qs, torch.randn(rows, sizes.state_dim, dtype=dtype)
+    mixer: nn.Module = baselines.load("networks").QMixer(sizes.n_agents, sizes.state_dim)
+    return mixer.to(setting.device, setting.dtype)
+
+
+def _mixing_inputs(shape: str, rows: int, setting: Setting) -> tuple[Tensor, Tensor]:
+    sizes = SHAPES[shape]
+    return setting.new(rows, sizes.n_agents, requires_grad=True), setting.new(rows, sizes.state_dim)
 
 
 def _passes(
-    forwards: Mapping[str, Callable[[], Tensor]], leaves: Sequence[Tensor], cotangent: Tensor, train: bool
+    forwards: Mapping[str, Callable[[], Tensor]],
+    leaves: Sequence[Tensor],
+    cotangent: Tensor,
+    train: bool,
+    setting: Setting = FLOAT32,
 ) -> dict[str, Callable[[], object]]:
     """The forwards without recording gradients, or with the gradients of all ``leaves`` computed after them."""
 
@@ -347,21 +533,53 @@ def _passes(
         return run
 
     def forward_backward(call: Callable[[], Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(call(), leaves, cotangent)
+        def run() -> tuple[Tensor, ...]:
+            output = call()
+            return torch.autograd.grad(output, leaves, cotangent.to(output.dtype))
+
+        return run
 
     wrap = forward_backward if train else forward_only
-    return {name: wrap(call) for name, call in forwards.items()}
+    return {name: wrap(setting.entered(call)) for name, call in forwards.items()}
+
+
+def _rotated(sets: Sequence[Mapping[str, Callable[[], Any]]]) -> dict[str, Callable[[], Any]]:
+    """The contestants of one set of inputs, or of several in turn."""
+    if len(sets) == 1:
+        return dict(sets[0])
+    return {name: Rotating([contestants[name] for contestants in sets]) for name in sets[0]}
+
+
+def _doubled(inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """The same numbers in float64, as leaves where the originals are."""
+    return tuple(x.detach().double().requires_grad_(x.requires_grad) for x in inputs)
 
 
 def _gradient_of_chosen(call: Callable[[], Any], agent_qs: Tensor, cotangent: Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(call().chosen_qs, agent_qs, cotangent)
 
 
-def _compile(module: nn.Module) -> Callable[..., Any]:
-    # Graphs of earlier cases would count towards the limit of recompilations.
-    torch.compiler.reset()
-    compiled: Callable[..., Any] = torch.compile(module, fullgraph=True, dynamic=False)
-    return compiled
+def _compilations(module: nn.Module, names: Sequence[str]) -> dict[str, Callable[..., Any]]:
+    """``module`` under ``torch.compile``, once for each of `COMPILERS` that is named."""
+    unknown = set(names) - set(COMPILERS)
+    if unknown:
+        raise ValueError(f"compiled must hold names of {', '.join(COMPILERS)}, got {', '.join(sorted(unknown))}")
+    if names:
+        # Graphs of earlier cases would count towards the limit of recompilations.
+        torch.compiler.reset()
+    return {name: _compile(module, "max-autotune" if name == "autotune" else None) for name in names}
+
+
+def _compile(module: nn.Module, mode: str | None) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = torch.compile(module, fullgraph=True, dynamic=False, mode=mode)
+    if mode is None:
+        return compiled
+
+    def run(*inputs: Tensor) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()  # results of the graphs' last run are not used any more
+        return compiled(*inputs)
+
+    return run
 
 
 def _present(params: Iterable[Tensor | None]) -> list[Tensor]:
@@ -373,17 +591,20 @@ def _copy_into_sequence(cell: nn.Module, gru: nn.Module) -> None:
     gru.load_state_dict({f"{key}_l0" if key.startswith("rnn.") else key: value for key, value in state.items()})
 
 
-def _monotonic_error(agent_qs: Tensor, states: Tensor, params: MonotonicParams, cotangent: Tensor) -> float:
+def _monotonic_error(
+    agent_qs: Tensor, states: Tensor, params: MonotonicParams, cotangent: Tensor, setting: Setting
+) -> float:
     exact = MonotonicParams(*_leaves64(params))
     cotangent = torch.where(_near_mixing_kink(states.double(), exact), 0.0, 1.0).to(cotangent.dtype) * cotangent
 
     def results(agent_qs: Tensor, states: Tensor, params: MonotonicParams, backend: str | None) -> list[Tensor]:
-        agent_qs = agent_qs.clone().requires_grad_()
+        agent_qs = agent_qs.detach().clone().requires_grad_()
         q_tot = ops.monotonic(agent_qs, states, params, backend=backend)
         return [q_tot, *torch.autograd.grad(q_tot, [agent_qs, *_present(params)], cotangent.to(q_tot.dtype))]
 
     expected = results(agent_qs.double(), states.double(), exact, "reference")
-    return max(rms_ratio(a, b) for a, b in zip(results(agent_qs, states, params, None), expected, strict=True))
+    ours = setting.entered(lambda: results(agent_qs, states, params, None))
+    return _worst(ours(), expected, 1, setting)
 
 
 @torch.no_grad()
@@ -402,7 +623,7 @@ def _near_mixing_kink(states: Tensor, p: MonotonicParams) -> Tensor:
     return torch.stack([(x.abs() < _KINK).any(-1) for x in arguments]).any(0).unsqueeze(-1)
 
 
-def _recurrent_error(obs: Tensor, params: RecurrentParams, cotangent: Tensor) -> float:
+def _recurrent_error(obs: Tensor, params: RecurrentParams, cotangent: Tensor, setting: Setting) -> float:
     exact = RecurrentParams(*_leaves64(params))
     with torch.no_grad():
         near_kink = (F.linear(obs.double(), exact.fc1_weight, exact.fc1_bias).abs() < _KINK).any(-1)
@@ -414,7 +635,15 @@ def _recurrent_error(obs: Tensor, params: RecurrentParams, cotangent: Tensor) ->
         return [out.q, out.hidden, *torch.autograd.grad(out.q, _present(params), cotangent.to(out.q.dtype))]
 
     expected = results(obs.double(), exact, "reference")
-    return max(rms_ratio(a, b) for a, b in zip(results(obs, params, None), expected, strict=True))
+    ours = setting.entered(lambda: results(obs, params, None))
+    return _worst(ours(), expected, 2, setting)
+
+
+def _worst(ours: Sequence[Tensor], expected: Sequence[Tensor], values: int, setting: Setting) -> float:
+    """Largest RMS ratio; of gradients, which follow the first ``values``, on the scale of the values' tolerance."""
+    ratios = list(map(rms_ratio, ours, expected))
+    scale = setting.tolerance / setting.gradient_tolerance
+    return largest([*ratios[:values], *(scale * ratio for ratio in ratios[values:])])
 
 
 def _leaves64(params: Iterable[Tensor | None]) -> list[Any]:
@@ -425,7 +654,8 @@ def _memory(contestant: str, shape: str, rows: int, threads: int) -> dict[str, i
     torch.set_num_threads(threads)
 
     def build(n_rows: int) -> tuple[Callable[[], Tensor], list[Tensor], Callable[[], object]]:
-        mixer, agent_qs, states = _mixing_inputs(shape, n_rows, torch.float32)
+        mixer = _mixer(shape, FLOAT32)
+        agent_qs, states = _mixing_inputs(shape, n_rows, FLOAT32)
         params, leaves = mixing_params(mixer), [agent_qs, *mixer.parameters()]
 
         def forward() -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from typing import Any, Final
 
 import torch
@@ -11,14 +13,17 @@ from torch import Tensor
 
 from fastmix.algorithms import Algorithm, AlgorithmConfig, EpisodeBatch, Scheme, make
 from fastmix.experiments.bench import baselines
-from fastmix.experiments.bench.cases import Case, mixing_params, ragged_mask, utility_params
+from fastmix.experiments.bench.cases import FLOAT32, Case, Setting, largest, mixing_params, ragged_mask, utility_params
 from fastmix.testing import rms_ratio
+from fastmix.testing.bench import Graphed, graphed
 from fastmix.testing.shapes import SHAPES
 
 BASELINES: Final = ("eager", "compile")
 COMPILED: Final = "compile: the agent's cell and the mixer are compiled; loops over time and the optimiser are not"
 
 _TOLERANCE: Final = 1e-9
+_DEVICE_TOLERANCE: Final = {"highest": 1e-4, "high": 5e-3}
+"""of loss and gradient norm in float32 on a CUDA device"""
 _SEED: Final = 0
 
 
@@ -29,12 +34,14 @@ def step(
     steps: int | None = None,
     against: tuple[str, ...] = BASELINES,
     preset: str = "pymarl2",
-    dtype: torch.dtype = torch.float32,
+    setting: Setting = FLOAT32,
 ) -> Case:
     """One training step of ``algo`` on a batch of random episodes, the longest with ``steps`` transitions.
 
-    The error of the case compares one step of ours and of the public way from the same weights, in float64 on a small
-    batch: loss, gradient norm and every parameter afterwards.
+    The error of the case compares steps of ours and of the public way from the same weights on a small batch: in
+    float64 loss, gradient norm and every parameter afterwards; on a CUDA device loss and gradient norm of ours in
+    float32 with those of the public way in float64. There ``ours graph`` is what `fastmix.train` does, ``eager graph``
+    and ``compile graph`` are the public step captured whole, with the optimiser's capturable form.
 
     Raises:
         ValueError: an unknown baseline, or an algorithm whose public form is not among the baselines.
@@ -45,43 +52,96 @@ def step(
     sizes = SHAPES[shape]
     batch_size, steps = batch_size or sizes.batch_size, steps or sizes.steps
     scheme = Scheme(sizes.n_agents, sizes.n_actions, sizes.obs_dim, sizes.state_dim, steps)
-    with default_dtype(dtype):
-        ours = make(algo, scheme, preset=preset, seed=_SEED)
-        batch = random_batch(scheme, batch_size)
+    on_device, absent = setting.device == "cuda", dict[str, str]()
+    with default_dtype(setting.dtype):
+        ours = make(algo, scheme, preset=preset, seed=_SEED, device=setting.device)
+        batch = random_batch(scheme, batch_size).to(setting.device)
         public = public_batch(batch, scheme.n_actions)
-        contestants: dict[str, Callable[[], object]] = {"ours": lambda: ours.step(batch)}
+        contestants: dict[str, Callable[[], object]] = {"ours": setting.entered(lambda: ours.step(batch))}
+        if on_device:
+            try:
+                replayed = _replayed(make(algo, scheme, preset=preset, seed=_SEED, device=setting.device), batch)
+                contestants["ours graph"] = setting.entered(replayed)
+            except (ImportError, TypeError) as error:
+                absent["ours graph"] = str(error)
+        if "compile" in against:
+            torch.compiler.reset()
         for name in against:
-            learner = public_learner(ours, scheme)
-            if name == "compile":
-                torch.compiler.reset()
-                learner.compile()
-            contestants[name] = lambda learner=learner: learner.step(public)  # type: ignore[misc]
+            for capturable in (False, True) if on_device else (False,):
+                learner = public_learner(ours, scheme)
+                for group in learner.optimizer.param_groups:
+                    group["capturable"] = capturable
+                if name == "compile":
+                    learner.compile()
+                call = setting.entered(lambda learner=learner: learner.step(public))  # type: ignore[misc]
+                contestants[f"{name} graph" if capturable else name] = Captured(call) if capturable else call
     return Case(
         f"step {algo}",
         "step",
         shape,
         {"episodes": batch_size, "steps": steps},
         contestants,
-        lambda: step_error(algo, Scheme(*scheme_sizes(scheme), episode_limit=min(steps, 8)), preset),
-        _TOLERANCE,
+        lambda: step_error(algo, Scheme(*scheme_sizes(scheme), episode_limit=min(steps, 8)), preset, setting=setting),
+        _DEVICE_TOLERANCE[setting.precision] if on_device else _TOLERANCE,
         "; ".join([f"preset {preset}", *([COMPILED] if "compile" in against else [])]),
+        setting=setting,
+        absent=absent,
     )
 
 
-def step_error(algo: str, scheme: Scheme, preset: str, batch_size: int = 4) -> float:
-    """Largest deviation between our step and the public one in float64, over two steps from the same weights."""
+class Captured:
+    """A call that is captured in a CUDA graph when it is made for the first time, and replayed from then on."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call = call
+        self._graph: Graphed | None = None
+
+    def __call__(self) -> None:
+        """Capture or replay."""
+        if self._graph is None:
+            self._graph = graphed(self._call)
+        self._graph()
+
+
+def step_error(algo: str, scheme: Scheme, preset: str, batch_size: int = 4, setting: Setting = FLOAT32) -> float:
+    """Largest deviation between our step and the public one, over two steps from the same weights; see `step`."""
     with default_dtype(torch.float64):
         ours = make(algo, scheme, preset=preset, seed=_SEED)
         perturb_targets(ours)
         learner = public_learner(ours, scheme)
         batch = random_batch(scheme, batch_size)
         public = public_batch(batch, scheme.n_actions)
+        weights = {name: network.state_dict() for name, network in ours.networks.items()}
+        weights = {name: {key: value.clone() for key, value in state.items()} for name, state in weights.items()}
+        if setting.device == "cuda":
+            torch.set_default_dtype(torch.float32)
+            ours = make(algo, scheme, preset=preset, seed=_SEED, device=setting.device)
+            for name, network in ours.networks.items():
+                network.load_state_dict(weights[name])
+            batch = _rounded(batch).to(setting.device)
         errors = []
         for _ in range(2):
-            logged, expected = ours.step(batch), learner.step(public)
+            logged, expected = setting.entered(lambda: ours.step(batch))(), learner.step(public)
             errors += [rms_ratio(logged[name], expected[name]) for name in ("loss", "grad_norm")]
-        errors += [rms_ratio(a, b) for a, b in parameter_pairs(ours, learner)]
-    return max(errors)
+        if setting.device == "cpu":
+            errors += [rms_ratio(a, b) for a, b in parameter_pairs(ours, learner)]
+    return largest(errors)
+
+
+def _rounded(batch: EpisodeBatch) -> EpisodeBatch:
+    """The batch with its float64 tensors in float32."""
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return replace(batch, **{name: t.float() for name, t in tensors.items() if t is not None and t.is_floating_point()})
+
+
+def _replayed(algorithm: Algorithm, batch: EpisodeBatch) -> Callable[[], object]:
+    """A training step as `fastmix.train` makes it on a CUDA device: captured once, then replayed.
+
+    The episodes lie ready on the device, as they do for the public way.
+    """
+    module = importlib.import_module("fastmix.train.learner")
+    learner, delivery = module.Learner(algorithm, graphs=True), module.Delivery("batch", lambda: batch)
+    return lambda: learner.step(delivery)
 
 
 def public_learner(ours: Algorithm, scheme: Scheme) -> Any:
@@ -101,6 +161,8 @@ def public_learner(ours: Algorithm, scheme: Scheme) -> Any:
     elif public_config.mixer == "qmix":
         sizes = (config.mixing_embed_dim, config.hypernet_layers, config.hypernet_embed)
         mixer = networks.QMixer(scheme.n_agents, scheme.state_dim, *sizes)
+    device = next(ours.networks["agent"].parameters()).device
+    agent, mixer = agent.to(device), None if mixer is None else mixer.to(device)
     built = learner.PublicLearner(public_config, agent, mixer)
     with torch.no_grad():
         for mine, public in parameter_pairs(ours, built):
@@ -133,7 +195,7 @@ def random_batch(scheme: Scheme, batch_size: int) -> EpisodeBatch:
     torch.manual_seed(_SEED)
     B, T = batch_size, scheme.episode_limit
     A, U = scheme.n_agents, scheme.n_actions
-    mask, terminated = ragged_mask(B, T, torch.get_default_dtype())
+    mask, terminated = ragged_mask(B, T, Setting(dtype=torch.get_default_dtype()))
     actions = torch.randint(U, (B, T + 1, A))
     last_actions = torch.full_like(actions, -1)
     last_actions[:, 1:] = actions[:, :-1]
@@ -160,7 +222,7 @@ def public_batch(batch: EpisodeBatch, n_actions: int) -> Any:
         obs=batch.obs,
         state=batch.states,
         actions=batch.actions.unsqueeze(-1),
-        last_actions_onehot=(taken == torch.arange(n_actions)).to(batch.obs.dtype),
+        last_actions_onehot=(taken == torch.arange(n_actions, device=taken.device)).to(batch.obs.dtype),
         avail_actions=batch.avail_actions.int(),
         reward=batch.rewards,
         terminated=batch.terminated,

@@ -24,7 +24,7 @@ def run(effort: Effort, threads: int, compiled: bool = True) -> list[dict[str, A
 
 def memory(shape: str, rows: int, threads: int) -> dict[str, Any]:
     """Peak memory of `monotonic` training against eager; `cases.monotonic_memory` says how it is measured."""
-    case = cases.monotonic(shape, rows, compiled=False)
+    case = cases.monotonic(shape, rows, compiled=())
     error = case.error()
     passed = error <= case.tolerance
     print(f"monotonic memory {shape} rows={rows}", end=" ", file=sys.stderr, flush=True)
@@ -37,6 +37,7 @@ def memory(shape: str, rows: int, threads: int) -> dict[str, Any]:
         "phase": "peak memory",
         "shape": shape,
         "sizes": {"rows": rows},
+        "precision": case.setting.name,
         "note": "growth of the resident set during forward and backward, in a process of its own",
         "parity": {"error": error, "tolerance": case.tolerance, "passed": passed},
         "contestants": {},
@@ -50,12 +51,12 @@ def _monotonic(compiled: bool) -> list[Planned]:
     large = {"eager": 2.7, "compile": 1.5, "products": 1.0}
     small = {"eager": 1.6, "compile": 1.35, "products": 1 / 1.25}
     plan = [
-        Planned(partial(cases.monotonic, shape, rows, compiled=compiled), goals)
+        Planned(partial(cases.monotonic, shape, rows, compiled=("compile",) if compiled else ()), goals)
         for rows, goals in ((ROWS, large), (1_920, small))
         for shape in SHAPES
     ]
     plan += [
-        Planned(partial(cases.monotonic, shape, rows, train=False, compiled=False), {"eager": 1.0})
+        Planned(partial(cases.monotonic, shape, rows, train=False, compiled=()), {"eager": 1.0})
         for rows in (1, 64)
         for shape in SHAPES
     ]
