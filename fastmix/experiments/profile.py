@@ -26,7 +26,7 @@ from fastmix.testing.bench import cpu_name, environment
 from fastmix.testing.profiler import Profile, part, profile, profile_together, summary, table
 from fastmix.testing.profiler.measure import Function, check_device
 from fastmix.testing.shapes import SHAPES
-from fastmix.train.learner import Learner
+from fastmix.train.learner import Delivery, Learner
 from fastmix.train.rollout import Player
 
 STEP_OPTIONS: Final = {"algo": "qmix", "preset": "pymarl2", "shape": "3m"}  # with their defaults
@@ -136,8 +136,8 @@ def load_function(name: str) -> Function:
 
 def learner_step(algo: Algorithm, batch: EpisodeBatch, *, graphs: bool = False) -> Function:
     """One training step of ``algo`` on ``batch``, on CUDA with ``graphs`` as the replay of a graph."""
-    learner = Learner(algo, graphs=graphs)
-    return lambda: learner.step(batch)
+    learner, ready = Learner(algo, graphs=graphs), Delivery("batch", lambda: batch)
+    return lambda: learner.step(ready)
 
 
 def public_step(algo: Algorithm, batch: EpisodeBatch) -> Function:
@@ -147,17 +147,13 @@ def public_step(algo: Algorithm, batch: EpisodeBatch) -> Function:
         ValueError: the baselines do not know a setting of ``algo``.
     """
     learner = steps.public_learner(algo, algo.scheme)
-    for _, network in learner.networks():
-        network.to(algo.device)
     # What each method of the public learner is a part of; the loss is what no other part claims of its method.
     methods = {"_unroll": "unrolls", "_mixer": "mixer", "_target_mixer": "mixer", "_targets": "targets"}
     for name, part_name in (methods | {"loss": "loss", "_update": "optimiser"}).items():
         method = getattr(learner, name)
         if method is not None:
             setattr(learner, name, _named(part_name, method))
-    episodes: Any = steps.public_batch(batch.to("cpu"), algo.scheme.n_actions)
-    tensors = {field.name: getattr(episodes, field.name) for field in dataclasses.fields(episodes)}
-    episodes = type(episodes)(**{name: tensor.to(algo.device) for name, tensor in tensors.items()})
+    episodes = steps.public_batch(batch, algo.scheme.n_actions)
     return lambda: learner.step(episodes)
 
 
@@ -209,7 +205,7 @@ def _profile_step(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
         lines.append("parts are those of the step without a graph: what a replay runs has no names")
     lines.append(_acting_text(acting, profiles["replay" if args.graphs else "ours"], algo, length))
     setting = {"algo": algo_name, "preset": preset, "shape": shape, "episodes": episodes, "steps": length}
-    return lines, _content(setting, profiles | {"acting": acting})
+    return lines, _content(setting, device, profiles | {"acting": acting})
 
 
 def _profile_function(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
@@ -219,7 +215,7 @@ def _profile_function(args: argparse.Namespace) -> tuple[list[str], dict[str, An
     function = load_function(args.function)
     found = profile(function, rounds=args.rounds, device=args.device, trace=args.trace)
     lines = [args.function, _where(found.device), "", str(found)]
-    return lines, _content({"function": args.function}, {"function": found})
+    return lines, _content({"function": args.function}, found.device, {"function": found})
 
 
 def _acting_text(acting: Profile, step: Profile, algo: Algorithm, length: int) -> str:
@@ -233,12 +229,10 @@ def _acting_text(acting: Profile, step: Profile, algo: Algorithm, length: int) -
     )
 
 
-def _content(setting: dict[str, Any], profiles: Mapping[str, Profile]) -> dict[str, Any]:
+def _content(setting: dict[str, Any], device: str, profiles: Mapping[str, Profile]) -> dict[str, Any]:
     """Everything, as JSON values."""
-    found = environment()
-    if any(p.device == "cuda" for p in profiles.values()):
-        found["gpu"] = torch.cuda.get_device_name()
-    return {"environment": found, **setting, "profiles": {name: p.to_json() for name, p in profiles.items()}}
+    found = {name: profile.to_json() for name, profile in profiles.items()}
+    return {"environment": environment(device), **setting, "profiles": found}
 
 
 def _where(device: str) -> str:

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity
 from fastmix import _parts, backends
 from fastmix.testing.bench import Timing, interleaved, peak_memory, summarise
 from fastmix.testing.profiler.dispatch import CountDispatches
-from fastmix.testing.profiler.trace import OTHER, Event, Label, Parts, Timeline, cuda_work, load, timeline
+from fastmix.testing.profiler.trace import OTHER, Event, Kernel, Label, Parts, Timeline, cuda_work, load, timeline
 
 Function = Callable[[], object]
 
@@ -81,6 +81,8 @@ class Profile:
     """By how much memory grew at most during the call: allocated memory on CUDA, the resident set on the CPU."""
     operators: dict[str, int]
     """Operator -> dispatches, views with them, the most called first."""
+    by_kernel: dict[str, tuple[int, float]]
+    """Name of a kernel -> how often it ran, and the seconds in it, the most costly first."""
     runtime: dict[str, int]
     """Function of CUDA's interfaces -> calls by the host; empty on the CPU."""
     synchronisation_warnings: int | None
@@ -109,8 +111,10 @@ class Profile:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Profile:
         """The inverse of `to_json`."""
-        timings = {name: Timing(**{**values[name], "samples": ()}) for name in ("host", "wall")}
-        return cls(**{**values, **timings, "parts": tuple(Part(**part) for part in values["parts"])})
+        made: dict[str, Any] = {name: Timing(**{**values[name], "samples": ()}) for name in ("host", "wall")}
+        made["parts"] = tuple(Part(**part) for part in values["parts"])
+        made["by_kernel"] = {name: (count, seconds) for name, (count, seconds) in values["by_kernel"].items()}
+        return cls(**{**values, **made})
 
 
 def profile(
@@ -212,14 +216,16 @@ def _profile(function: Function, on_cuda: bool, host: Timing, wall: Timing, keep
     for label, duration in traced.timeline.spans(window.start, window.end):
         labels[label] += duration
     work = cuda_work(traced.events, window.start, window.end, traced.timeline)
-    per_nanosecond = 1e-9  # of the device's time
+    kernels, per_nanosecond = work.kernels, 1e-9
     if not on_cuda:
+        kernels = _core_calls(traced, window)
         per_nanosecond = host.median / window.duration
-        for event in traced.events:
-            if event.name.startswith(_CORE) and window.start <= event.start < window.end:
-                label = traced.timeline.label(event.start)
-                work.kernels[label] += 1
-                work.nanoseconds[label] += event.duration
+    runs, seconds = Counter(k.label for k in kernels), Counter[Label]()
+    by_kernel: dict[str, tuple[int, float]] = {}
+    for kernel in kernels:
+        seconds[kernel.label] += kernel.nanoseconds
+        count, total = by_kernel.get(kernel.name, (0, 0.0))
+        by_kernel[kernel.name] = (count + 1, total + per_nanosecond * kernel.nanoseconds)
     has_kernels = on_cuda or backends.core_problem() is None
     parts = []
     for label in sorted({**labels, **counts}, key=lambda label: label == OTHER):
@@ -233,8 +239,8 @@ def _profile(function: Function, on_cuda: bool, host: Timing, wall: Timing, keep
                 views,
                 host_s=share * host.median,
                 share=share,
-                kernels=work.kernels[label] if has_kernels else None,
-                kernel_s=per_nanosecond * work.nanoseconds[label] if has_kernels else None,
+                kernels=runs[label] if has_kernels else None,
+                kernel_s=per_nanosecond * seconds[label] if has_kernels else None,
                 synchronisations=work.waits[label] if on_cuda else None,
             )
         )
@@ -249,9 +255,16 @@ def _profile(function: Function, on_cuda: bool, host: Timing, wall: Timing, keep
         held_bytes=held,
         peak_bytes=peak,
         operators=operators,
+        by_kernel=dict(sorted(by_kernel.items(), key=lambda item: -item[1][1])),
         runtime=dict(work.calls.most_common()),
         synchronisation_warnings=_synchronisation_warnings(function) if on_cuda else None,
     )
+
+
+def _core_calls(traced: _Traced, window: Event) -> list[Kernel]:
+    """Calls of the compiled core, which are the kernels of the CPU."""
+    calls = (e for e in traced.events if e.name.startswith(_CORE) and window.start <= e.start < window.end)
+    return [Kernel(e.name.removeprefix(_CORE), traced.timeline.label(e.start), e.duration) for e in calls]
 
 
 def _count(function: Function, on_cuda: bool) -> tuple[dict[Label, tuple[int, int]], dict[str, int]]:
@@ -361,18 +374,13 @@ def _marked_core() -> Iterator[None]:
 
 def _memory(function: Function, on_cuda: bool) -> tuple[int | None, int | None]:
     """What was held before a call, and by how much memory grew at most during it."""
-    if not on_cuda:
-        if backends.core_problem() is None:
-            from fastmix import _core
+    if on_cuda:
+        return torch.cuda.memory_allocated(), peak_memory(function, "cuda")
+    if backends.core_problem() is None:
+        from fastmix import _core
 
-            _core.workspace_clear()  # what the core keeps between calls is memory of the call
-        return None, peak_memory(function)
-    torch.cuda.synchronize()
-    held = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    torch.cuda.synchronize()
-    return held, torch.cuda.max_memory_allocated() - held
+        _core.workspace_clear()  # what the core keeps between calls is memory of the call
+    return None, peak_memory(function)
 
 
 def _synchronisation_warnings(function: Function) -> int:

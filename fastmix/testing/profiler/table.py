@@ -52,7 +52,11 @@ def summary(profile: Profile) -> list[str]:
             lines.append("no kernel was recorded: none ran, or CUPTI is out of reach (KINETO_LOG_LEVEL=1 says why)")
     grew = "resident memory" if p.held_bytes is None else f"allocated memory, {_mib(p.held_bytes)} before the call,"
     called = ", ".join(f"{name} {count:,}" for name, count in list(p.operators.items())[:5])
-    return [*lines, f"{grew} grew by {_mib(p.peak_bytes)}", f"most called: {called or 'no operator'}"]
+    lines += [f"{grew} grew by {_mib(p.peak_bytes)}", f"most called: {called or 'no operator'}"]
+    if p.by_kernel:
+        costly = list(p.by_kernel.items())[:3]
+        lines.append("most time in: " + ", ".join(f"{_short(name)} {_ms(seconds)} ms" for name, (_, seconds) in costly))
+    return lines
 
 
 def _columns(*, on_cuda: bool, several: bool) -> dict[str, Callable[[Part, Part], str]]:
@@ -94,6 +98,11 @@ def _merge(orders: Sequence[Sequence[tuple[str, bool]]]) -> list[tuple[str, bool
 
 def _count(value: int | None) -> str:
     return "-" if value is None else f"{value:,}"
+
+
+def _short(name: str) -> str:
+    """A kernel's name without the types it was made for."""
+    return name.removeprefix("void ").partition("<")[0].partition("(")[0][:40]
 
 
 def _ms(seconds: float | None) -> str:

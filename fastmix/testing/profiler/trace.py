@@ -45,13 +45,19 @@ class Event(NamedTuple):
         return self.start + self.duration
 
 
+class Kernel(NamedTuple):
+    """One run of a kernel."""
+
+    name: str
+    label: Label
+    """The part that launched it."""
+    nanoseconds: int
+
+
 class Work(NamedTuple):
     """What some calls of CUDA came to."""
 
-    kernels: Counter[Label]
-    """Kernels, by the part that launched them."""
-    nanoseconds: Counter[Label]
-    """Time of the device in them."""
+    kernels: list[Kernel]
     waits: Counter[Label]
     """Calls in which the host waited for the device."""
     copies: int
@@ -155,13 +161,10 @@ def cuda_work(events: Iterable[Event], start: int, end: int, parts: Timeline) ->
         e._replace(name=_VERSION.sub("", e.name)) for e in events if e.category in _CALLS and start <= e.start < end
     ]
     labels = {e.args["correlation"]: parts.label(e.start) for e in calls if "correlation" in e.args}
-    work = Work(Counter(), Counter(), Counter(), 0, Counter(e.name for e in calls))
-    work.waits.update(parts.label(e.start) for e in calls if _WAITS.fullmatch(e.name))
-    copies = 0
-    for event in events:
-        label = labels.get(event.args.get("correlation"))
-        if label is not None and event.category == "kernel":
-            work.kernels[label] += 1
-            work.nanoseconds[label] += event.duration
-        copies += label is not None and event.category in _COPIES
-    return work._replace(copies=copies)
+    launched = [(e, labels[e.args["correlation"]]) for e in events if e.args.get("correlation") in labels]
+    return Work(
+        [Kernel(e.name, label, e.duration) for e, label in launched if e.category == "kernel"],
+        Counter(parts.label(e.start) for e in calls if _WAITS.fullmatch(e.name)),
+        sum(e.category in _COPIES for e, _ in launched),
+        Counter(e.name for e in calls),
+    )
