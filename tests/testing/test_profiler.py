@@ -494,6 +494,16 @@ def test_a_missing_gpu_is_named() -> None:
         profile(int, device="cuda")
 
 
+def test_functions_that_profile_are_refused() -> None:
+    def step() -> None:
+        with torch.profiler.profile():
+            torch.ones(2)
+
+    with pytest.raises(RuntimeError, match=r"the function uses torch\.profiler itself"):
+        profile(step, **QUICK)
+    assert profile(lambda: torch.ones(2), **QUICK).total.dispatches == 1
+
+
 def test_memory_is_what_the_call_needs() -> None:
     def step() -> None:
         torch.ones(16 * 2**20).sum()

@@ -162,6 +162,7 @@ def profile_together(
 
     Raises:
         ValueError: no function, fewer than one round or warm-up call, or a device that is not there.
+        RuntimeError: a function uses `torch.profiler` itself.
     """
     if not functions:
         raise ValueError("functions must not be empty")
@@ -303,7 +304,11 @@ def _trace(
     """``calls`` of the function under `torch.profiler`, each inside ``around``; ``keep`` gets the trace as a file."""
     recorder = _Recorder()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    with torch.profiler.profile(activities=activities) as profiler, _parts.listening(recorder):
+    with (
+        torch.profiler.profile(activities=activities) as profiler,
+        mock.patch.object(torch.autograd.profiler, "_prepare_profiler", _refuse_profiler),
+        _parts.listening(recorder),
+    ):
         for _ in range(calls):
             with _mark(_STEP), around:
                 function()
@@ -319,6 +324,11 @@ def _trace(
             keep.write_bytes(gzip.compress(content) if keep.suffix == ".gz" else content)
     windows = [event for event in events if event.name == _STEP]
     return _Traced(events, windows, timeline(events, recorder.parts, _PART))
+
+
+def _refuse_profiler(*args: Any, **options: Any) -> None:
+    """A second profiler would end the first one, and torch does not survive that."""
+    raise RuntimeError("the function uses torch.profiler itself, and only one profiler can run at a time")
 
 
 class _Recorder:
