@@ -141,9 +141,10 @@ def step_with_parts() -> Callable[[], None]:
             y = x @ a
             with part("inner"):
                 y = y.relu()
+            y = y.neg()
         with part("second"):
             z = (y @ b).sum()
-        z.backward()
+        z.neg().backward()
         with part("update"), torch.no_grad():
             for weight in (a, b):
                 if weight.grad is not None:
@@ -156,18 +157,19 @@ def test_parts_have_their_own_dispatches_forward_and_backward() -> None:
     result = profile(step_with_parts(), **QUICK)
     found = {key: p.dispatches for key, p in rows(result).items()}
     assert found == {
-        ("first", False): 1,
-        ("first", True): 1,  # only a needs a gradient: one product
+        ("first", False): 2,
+        ("first", True): 2,  # only a needs a gradient: one product
         ("inner", False): 1,
         ("inner", True): 1,
         ("second", False): 2,
         ("second", True): 2,  # both factors need one; the gradient of the sum is a view
         ("update", False): 2,
-        ("other", False): 1,  # the ones that backward begins with
+        ("other", False): 2,  # with the ones that backward begins with
+        ("other", True): 1,
     }
-    assert [key for key in found if key != ("other", False)] == [
+    assert [key for key in found if key[0] != "other"] == [
         *(("first", False), ("inner", False), ("second", False)),
-        *(("second", True), ("inner", True), ("first", True)),
+        *(("second", True), ("first", True), ("inner", True)),
         ("update", False),
     ]
     assert result.parts[-1].name == "other"
@@ -440,11 +442,11 @@ def test_a_profile_prints_its_parts_and_their_sum() -> None:
     lines = str(result).splitlines()
     assert lines[0].split() == ["part", "dispatches", "views", "host", "ms", "host", "%", "core", "calls", "core", "ms"]
     assert len({len(line) for line in lines[: len(result.parts) + 3]}) == 1  # aligned
-    assert [line.split("  ")[0] for line in lines[1:8]] == [
-        "first", "inner", "second", "second backward", "inner backward", "first backward", "update",
+    assert [line.split("  ")[0] for line in lines[1:9]] == [
+        "first", "inner", "second", "other backward", "second backward", "first backward", "inner backward", "update",
     ]  # fmt: skip
     total = next(line for line in lines if line.startswith("total"))
-    assert total.split()[1] == "11" and total.split()[4] == "100.0"
+    assert total.split()[1] == "15" and total.split()[4] == "100.0"
     assert "most called: " in lines[-1] and "aten.mm 5" in lines[-1]  # no kernel of the core to name
 
 
@@ -502,6 +504,15 @@ def test_functions_that_profile_are_refused() -> None:
     with pytest.raises(RuntimeError, match=r"the function uses torch\.profiler itself"):
         profile(step, **QUICK)
     assert profile(lambda: torch.ones(2), **QUICK).total.dispatches == 1
+
+
+def test_memory_counts_what_the_core_keeps_between_calls() -> None:
+    algo, _ = problem()
+    batch = EpisodeBatch(*episodes(SHAPES["3m"], 32, 60))
+    result = profile(lambda: algo.step(batch), **QUICK)
+    if result.peak_bytes is not None:
+        rows, steps, width = 32 * 3, 61, 64
+        assert result.peak_bytes > rows * width * 6 * steps * 4  # states, inputs and gates of the unroll
 
 
 def test_memory_is_what_the_call_needs() -> None:
