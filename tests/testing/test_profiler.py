@@ -220,7 +220,7 @@ def test_host_time_goes_to_the_part_that_takes_it() -> None:
 
 def test_the_calls_of_the_core_are_the_kernels_of_the_cpu() -> None:
     algo, batch = problem()
-    before = {name: getattr(_core, name) for name in dir(_core)}, _core.RecurrentStepperFloat.step
+    before = [(name, getattr(_core, name)) for name in dir(_core)], _core.RecurrentStepperFloat.step
     result = profile(lambda: algo.step(batch), **QUICK)
     found = {key: p.kernels for key, p in rows(result).items() if p.kernels}
     assert found == {
@@ -245,7 +245,21 @@ def test_the_calls_of_the_core_are_the_kernels_of_the_cpu() -> None:
     times = [seconds for _, seconds in result.by_kernel.values()]
     assert times == sorted(times, reverse=True) and sum(times) == pytest.approx(total.kernel_s)
     assert "most time in: " in str(result)
-    assert before == ({name: getattr(_core, name) for name in dir(_core)}, _core.RecurrentStepperFloat.step)
+    assert before == ([(name, getattr(_core, name)) for name in dir(_core)], _core.RecurrentStepperFloat.step)
+
+
+def test_functions_of_the_core_that_were_looked_up_before_are_seen_too() -> None:
+    kept: dict[str, Any] = {"returns": _core.returns_forward_float32}
+    x = torch.ones(4)
+
+    def step() -> None:
+        for which in ("returns", "looked up now"):
+            run = kept.setdefault(which, _core.returns_forward_float32)
+            run(*[x.data_ptr()] * 4, 0, x.data_ptr(), 0, 1, 1, 1, 0.9, 0, 0.5, 1, 1)  # of no episode
+        del kept["looked up now"]
+
+    assert profile(step, **QUICK).total.kernels == 2
+    assert kept == {"returns": _core.returns_forward_float32}
 
 
 def test_acting_is_a_call_of_the_core() -> None:
