@@ -52,10 +52,14 @@ def recognise(
     agent_qs: Tensor, max_qs: Tensor, states: Tensor, actions: Tensor, params: RecogniserParams
 ) -> Recognition:
     """See `fastmix.ops.duplex.recognise`; arguments are already checked: ``[N, A]`` and ``[N, S]`` give ``[N, 1]``."""
+    v = mlp(states, params.v)
+    advantages = (agent_qs - max_qs).detach()
+    return Recognition((recogniser_weights(states, actions, params) * advantages).sum(-1, keepdim=True) + v, v)
+
+
+def recogniser_weights(states: Tensor, actions: Tensor, params: RecogniserParams) -> Tensor:
+    """``lambda`` of `fastmix.ops.duplex.recognise`: ``[N, S]`` and ``[N, A]`` give ``[N, A]``."""
     n_actions = (params.w1[0].weight.shape[-1] - states.shape[-1]) // actions.shape[-1]
     both = torch.cat([states, joint_one_hot(actions, n_actions, states.dtype)], -1)
     w1, w2 = mlp(both, params.w1).abs(), mlp(both, params.w2).abs()
-    weights = torch.bmm(w1.view(*agent_qs.shape, w2.shape[-1]), w2.unsqueeze(-1)).squeeze(-1)
-    v = mlp(states, params.v)
-    advantages = (agent_qs - max_qs).detach()
-    return Recognition((weights * advantages).sum(-1, keepdim=True) + v, v)
+    return torch.bmm(w1.view(*actions.shape, w2.shape[-1]), w2.unsqueeze(-1)).squeeze(-1)
