@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmix.algorithms import PRESETS, REGISTRY
 from fastmix.ops.monotonic import MonotonicParams
 from fastmix.ops.recurrent import RecurrentParams
 from fastmix.testing.shapes import SHAPES, Shape
@@ -22,6 +23,7 @@ __all__ = [
     "monotonic_params",
     "non_contiguous",
     "odd_shapes",
+    "own_presets",
     "recurrent_params",
 ]
 
@@ -29,6 +31,11 @@ ODD_AGENTS = (1, 2, 27)
 ODD_EMBEDS = (1, 31, 32, 33)
 """Around the width of a vector register and of a warp"""
 ODD_ROWS = (0, 1, 3, 257)
+
+
+def own_presets(algorithm: str) -> list[str]:
+    """The presets of an algorithm, without the paper's where that is PyMARL's."""
+    return [name for name in PRESETS if name != "paper" or name in REGISTRY[algorithm].preset_overrides]
 
 
 def odd_shapes() -> list[tuple[Shape, int]]:

@@ -274,7 +274,7 @@ def _public_settings(config: AlgorithmConfig) -> dict[str, Any]:
         "gamma": config.gamma,
         "td_lambda": config.td_lambda if config.targets == "td_lambda" else None,
         "double_q": config.double_q,
-        "loss_scale": config.loss_scale * config.td_weight,
+        "loss_scale": config.loss_scale * config.w_high,
         "optimizer": config.optimizer,
         "lr": config.lr,
         "optimizer_eps": config.optim_eps,
