@@ -86,6 +86,13 @@ def report(trainer: Trainer) -> dict[str, Any]:
     return {"game": learned_game(trainer.algo, env, trainer.device).to_json(env.payoff)}
 
 
+def largest_errors(games: Sequence[LearnedGame], payoff: Payoff) -> dict[str, float]:
+    """Largest distance of any cell of each table from the mean payoff, over all ``games``."""
+    return {
+        name: max(float(np.abs(game.tables[name] - payoff.values).max()) for game in games) for name in games[0].tables
+    }
+
+
 def average(games: Sequence[LearnedGame]) -> LearnedGame:
     """The mean of utilities and tables over seeds (of cells that every seed has)."""
     return LearnedGame(
@@ -103,6 +110,7 @@ def summarise_games(results: Sequence[dict[str, Any]], payoff: Payoff) -> dict[s
         "noise_std": payoff.noise_std,
         "optimum": [payoff.label(joint) for joint in payoff.optimal_actions()],
         "average": average(games).to_json(payoff),
+        "largest_errors": largest_errors(games, payoff),
         "found": found,
         "seeds": len(games),
         "wilson_95": list(wilson_interval(found, len(games))),
