@@ -20,7 +20,7 @@ from fastmix.train.checkpoint import write_json
 from fastmix.train.config import TrainConfig
 from fastmix.train.sweep import Run
 
-# Steps and exploration: stated for matrix 3 (ResQ appendix) and, as far as epsilon goes, by POWQMIX for matrix 1; nothing
+# Stated for matrix 3 (ResQ appendix) and, as far as epsilon goes, by POWQMIX for matrix 1; nothing
 # is stated for matrices 1 and 2 of the ResQ appendix, which get the same.
 T_MAX: Final = 20_000
 PROTOCOL: Final[dict[str, Any]] = {"epsilon_start": 1.0, "epsilon_finish": 1.0}
