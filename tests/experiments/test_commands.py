@@ -117,10 +117,8 @@ def test_reproduce_sets_ours_beside_the_papers(tmp_path: Path, capsys: pytest.Ca
     assert "papers claim" in text and "largest distance of a learned joint value" in text
     folder = tmp_path / "runs" / "reproduce" / "matrix1" / "run-1"
     result = json.loads((folder / "matrix1.json").read_text())
-    uniform = {"epsilon_start": 1.0, "epsilon_finish": 1.0}
-    assert result["protocol"] == {
-        "t_max": 1000, "preset": "pymarl2", "overrides": {"vdn": uniform, "qmix": uniform}
-    }  # fmt: skip
+    uniform = {"epsilon_start": 1.0, "epsilon_finish": 1.0, "batch_size_run": 8}
+    assert result["protocol"] == {"t_max": 1000, "preset": "paper", "overrides": {"vdn": uniform, "qmix": uniform}}
     assert result["algorithms"]["qmix"]["claim"]["papers"] == "not found"
     assert result["algorithms"]["vdn"]["claim"] == {"papers": "-", "verdict": "-"}
     assert set(result["algorithms"]["qmix"]["largest_errors"]) == {"Q_tot"}
