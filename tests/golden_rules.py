@@ -232,8 +232,10 @@ def check_qplex(golden: Golden, setting: Setting) -> None:
     value = mixer.joint(inputs["agent_qs"], inputs["states"], inputs["actions"].argmax(-1), inputs["max_q_i"])
     assert value.v_tot is not None and value.adv_tot is not None
     setting.close(value.v_tot + value.adv_tot, golden.outputs["q_tot"], "out/q_tot")
-    attention = isinstance(mixer, mixers.DMAQQattenMixer)
-    compare_with(attended(value, value.q_tot, mixer.attend_reg_coef) if attention else value.q_tot, inputs)
+    if isinstance(mixer, mixers.DMAQQattenMixer):
+        compare_with(attended(value, value.q_tot, mixer.attend_reg_coef), inputs)
+    else:
+        compare_with(value.q_tot, inputs)
 
 
 def check_qplex_lambda(golden: Golden, setting: Setting) -> None:
