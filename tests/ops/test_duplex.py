@@ -69,23 +69,18 @@ class Problem:
         return [*qs, self.states, *leaves(self.params)]
 
     def run(self, backend: str, inputs: Sequence[Tensor] | None = None) -> list[Tensor]:
-        rest = list(self.inputs if inputs is None else inputs)
-        qs = [] if self.op == "importance" else [rest.pop(0), rest.pop(0)]
-        states, params = rest.pop(0), rebuild(self.params, rest)
+        q, m, states, params = self._arguments(self.inputs if inputs is None else inputs)
         if self.op == "importance":
             return [importance(states, self.actions, params, backend=backend)]
         if self.op == "recognise":
-            return leaves(recognise(*qs, states, self.actions, params, backend=backend))
-        return leaves(duplex(*qs, states, self.actions, params, backend=backend, **self.options))
+            return leaves(recognise(q, m, states, self.actions, params, backend=backend))
+        return leaves(duplex(q, m, states, self.actions, params, backend=backend, **self.options))
 
     def expected(self) -> list[Tensor]:
         """The same from the equations in float64, one small network after another."""
-        rest = [t.double() for t in self.inputs]
-        qs = [] if self.op == "importance" else [rest.pop(0), rest.pop(0)]
-        s, params = rest.pop(0), rebuild(self.params, rest)
+        q, m, s, params = self._arguments([t.double() for t in self.inputs])
         if self.op == "importance":
             return [lambdas(s, self.actions, params)]
-        q, m = qs
         if self.op == "recognise":
             return recognised(q, m, s, self.actions, params)
         w = b = None
@@ -96,6 +91,11 @@ class Problem:
         weights = lambdas(s, self.actions, params.importance) - float(self.options["minus_one"])
         adv = ((transformed - largest).detach() * weights).sum(-1, keepdim=True)
         return {"both": [v + adv, v, adv], "v": [v, v], "adv": [adv, adv]}[self.options["part"]]
+
+    def _arguments(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Any]:
+        qs = [self.agent_qs, self.max_qs] if self.op == "importance" else []
+        q, m, states, *rest = [*qs, *inputs]
+        return q, m, states, rebuild(self.params, rest)
 
 
 def lambdas(s: Tensor, actions: Tensor, params: ImportanceParams) -> Tensor:
