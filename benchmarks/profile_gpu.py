@@ -43,7 +43,7 @@ def kernels(call: Callable[[], object]) -> dict[str, Any]:
     for _ in range(3):
         call()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
         for _ in range(CALLS):
             call()
         torch.cuda.synchronize()

@@ -15,6 +15,7 @@ from fastmix.ops.returns import KINDS
 from fastmix.testing import assert_close
 from tests.cuda import emulate
 from tests.generators import non_contiguous
+from tests.gpu import no_synchronisation
 from tests.ops.support import ISAS, TOLERANCE, fullgraph, gradients, run_tests_under_isa
 
 DTYPES = (torch.float32, torch.float64)
@@ -377,11 +378,8 @@ def test_cuda(B: int, T: int, dtype: torch.dtype) -> None:
 @needs_gpu
 def test_cuda_does_not_wait_for_the_device() -> None:
     problem = Problem(*(t.detach().cuda() for t in make(32, 120)))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         run(problem, "native", SETTINGS["td_lambda_0.6"])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @needs_gpu

@@ -15,6 +15,7 @@ from fastmix.testing import assert_close, poisoned_allocations
 from fastmix.testing.golden import Golden
 from tests.generators import non_contiguous
 from tests.golden_rules import Rule, Setting, find_rule
+from tests.gpu import no_synchronisation
 from tests.triton.problem import Problem, check, golden_files, make
 
 pytestmark = [
@@ -177,12 +178,8 @@ def test_other_streams() -> None:
 def test_no_synchronisation() -> None:
     problem = make(5, 98, 2_000).to("cuda")
     run(problem)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         run(problem)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_graph_replay() -> None:
