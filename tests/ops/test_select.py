@@ -544,3 +544,17 @@ def test_cuda_opcheck(given: bool) -> None:
     problem = on_gpu(Problem(2, 3, 2, 5))
     args = (problem.avail, problem.actions, problem.target_qs, None) if given else (None, None, None, None)
     torch.library.opcheck(torch.ops.fastmix.select.default, (problem.qs, *args))
+
+
+@needs_gpu
+@pytest.mark.traced
+def test_cuda_compiles_whole() -> None:
+    problem = on_gpu(Problem(2, 3, 2, 5))
+
+    def step(qs: Tensor) -> Selection:
+        return problem.run("native", agent_qs=qs)
+
+    ours, expected = fullgraph(step)(problem.qs), step(problem.qs)
+    assert_same(Selection(*ours), expected)
+    (grad,), (wanted,) = (gradients([s.greedy_qs, s.chosen_qs], [problem.qs]) for s in (ours, expected))
+    assert_close(grad, wanted, 0.0)

@@ -389,3 +389,18 @@ def test_cuda_opcheck(everything: bool) -> None:
     torch.library.opcheck(torch.ops.fastmix.td_loss.default, (p.qs, p.targets, p.mask, *extras, True))
     one = torch.ones((), device="cuda")
     torch.library.opcheck(torch.ops.fastmix.td_loss_backward.default, (p.qs.detach(), one, one))
+
+
+@needs_gpu
+@pytest.mark.traced
+def test_cuda_compiles_whole() -> None:
+    problem = on_gpu(Problem(3, 4, 2))
+
+    def step(qs: Tensor, residual: Tensor) -> TDLoss:
+        return problem.run("native", qs=qs, residual=residual, weights=problem.weights, normaliser=3.0)
+
+    inputs = [problem.qs, problem.residual]
+    ours, expected = fullgraph(step)(*inputs), step(*inputs)
+    assert_close(ours.loss, expected.loss, 1e-6)
+    for grad, wanted in zip(gradients(ours.loss, inputs), gradients(expected.loss, inputs), strict=True):
+        assert_close(grad, wanted, 1e-6)
