@@ -556,5 +556,5 @@ def test_cuda_compiles_whole() -> None:
 
     ours, expected = fullgraph(step)(problem.qs), step(problem.qs)
     assert_same(Selection(*ours), expected)
-    (grad,), (wanted,) = (gradients([s.greedy_qs, s.chosen_qs], [problem.qs]) for s in (ours, expected))
+    (grad,), (wanted,) = (gradients(differentiable(Selection(*s)), [problem.qs]) for s in (ours, expected))
     assert_close(grad, wanted, 0.0)
