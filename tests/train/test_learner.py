@@ -23,8 +23,8 @@ from fastmix.train.feed import Feed, StreamedFeed, make_feed
 from fastmix.train.learner import CudaRecorder, Learner, Terms
 from fastmix.train.replay import Prioritised, ReplayBuffer
 from fastmix.train.storage import HostStorage
+from tests.cuda.device import no_waiting
 from tests.generators import Shape, episodes
-from tests.gpu import no_synchronisation
 from tests.train.tape import Tape, TapeRecorder
 
 SHAPE = Shape(3, 5, 11, 7)
@@ -480,7 +480,7 @@ def test_a_warm_update_never_waits_for_the_device(road: str) -> None:
     captures, replay = learner.captures, feed.replay
     obs, states = np.ones((1, 3, SHAPE.obs_dim)), np.ones((1, SHAPE.state_dim))
     avail = np.ones((1, 3, SHAPE.n_actions), dtype=bool)
-    with no_synchronisation():
+    with no_waiting():
         for i in range(30):
             for t in range(3):
                 replay.write_observations(np.array([t]), obs, states, avail)
@@ -496,7 +496,7 @@ def test_a_warm_update_never_waits_for_the_device(road: str) -> None:
 @needs_gpu
 def test_waiting_is_noticed() -> None:
     value = torch.ones((), device="cuda")
-    with no_synchronisation(), pytest.raises(RuntimeError, match="synchroniz"):
+    with no_waiting(), pytest.raises(RuntimeError, match="synchroniz"):
         value.item()
 
 
@@ -507,5 +507,5 @@ def test_acting_never_waits_for_the_device() -> None:
     avail = torch.ones(6, 3, SHAPE.n_actions, dtype=torch.bool, device="cuda")
     generator = torch.Generator("cuda").manual_seed(0)
     _, hidden = algo.act(obs, last, avail, algo.initial_hidden(6), epsilon=0.5, generator=generator)
-    with no_synchronisation():
+    with no_waiting():
         algo.act(obs, last, avail, hidden, epsilon=0.5, generator=generator)

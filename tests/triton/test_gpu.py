@@ -13,9 +13,9 @@ from fastmix import backends
 from fastmix.ops.monotonic import POSITIVITIES, MonotonicParams, reference
 from fastmix.testing import assert_close, poisoned_allocations
 from fastmix.testing.golden import Golden
+from tests.cuda.device import no_waiting
 from tests.generators import non_contiguous
 from tests.golden_rules import Rule, Setting, find_rule
-from tests.gpu import no_synchronisation
 from tests.triton.problem import Problem, check, golden_files, make
 
 pytestmark = [
@@ -175,10 +175,10 @@ def test_other_streams() -> None:
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
-def test_no_synchronisation() -> None:
+def test_no_waiting() -> None:
     problem = make(5, 98, 2_000).to("cuda")
     run(problem)
-    with no_synchronisation():
+    with no_waiting():
         run(problem)
 
 
