@@ -1,4 +1,4 @@
-"""The command line: ``fastmix train | evaluate | reproduce | bench | doctor``.
+"""The command line: ``fastmix train | evaluate | reproduce | bench | profile | doctor``.
 
 Each command is a module with ``add_arguments(parser)`` and ``run(args) -> int``, imported only when it is the one asked
 for: ``fastmix --help`` loads neither torch nor anything that needs it.
@@ -21,6 +21,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "evaluate": ("fastmix.experiments.evaluate", "play greedy episodes with what a run has learnt"),
     "reproduce": ("fastmix.experiments.reproduce", "run a table of the papers and print ours beside theirs"),
     "bench": ("fastmix.experiments.bench", "time a learner step against the same step written the public way"),
+    "profile": ("fastmix.experiments.profile", "where a learner step, or a function of yours, spends its time"),
     "doctor": ("fastmix.doctor", "what is installed, what works, and the command that mends the rest"),
 }
 EPILOG: Final = """\

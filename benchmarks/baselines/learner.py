@@ -102,9 +102,7 @@ class PublicLearner:
         loss = self.loss(batch)
         self.optimizer.zero_grad()
         loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_norm_clip)
-        self.optimizer.step()
-        return {"loss": loss.detach(), "grad_norm": grad_norm}
+        return {"loss": loss.detach(), "grad_norm": self._update()}
 
     def loss(self, batch: PublicBatch) -> Tensor:
         """Mean over live transitions of the squared temporal-difference error, times ``loss_scale``."""
@@ -118,6 +116,11 @@ class PublicLearner:
         mask = batch.mask.expand_as(td_error)
         masked_td_error = td_error * mask
         return self.config.loss_scale * (masked_td_error**2).sum() / mask.sum()
+
+    def _update(self) -> Tensor:
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_norm_clip)
+        self.optimizer.step()
+        return grad_norm
 
     def _targets(self, agent_qs: Tensor, batch: PublicBatch) -> Tensor:
         target_qs = self._unroll(self._target_agent, batch)

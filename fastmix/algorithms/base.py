@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmix import agents, mixers
+from fastmix._parts import part
 from fastmix.algorithms.batch import EpisodeBatch, Scheme
 from fastmix.algorithms.config import AlgorithmConfig
 from fastmix.algorithms.optimiser import Optimiser
@@ -80,7 +81,9 @@ class Algorithm(abc.ABC):
         terms = self.losses(batch)
         terms["loss"].backward()
         kept = {name: terms[name].detach() for name in ("loss", "td_error", "q_tot", "targets")}
-        return kept | {"grad_norm": self.optimiser.step(), "mask": batch.mask}
+        with part("optimiser"):
+            grad_norm = self.optimiser.step()
+        return kept | {"grad_norm": grad_norm, "mask": batch.mask}
 
     def finish(self, terms: dict[str, Tensor], *, detailed: bool = False) -> dict[str, Tensor]:
         """The part of `step` that is the host's: count it, and work out what is asked for from what `learn` returned.

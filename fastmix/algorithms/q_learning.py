@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastmix._parts import part
 from fastmix.algorithms.base import Algorithm
 from fastmix.algorithms.batch import EpisodeBatch
 from fastmix.algorithms.standardise import RunningMoments
@@ -32,12 +33,15 @@ class QLearning(Algorithm):
         ``weights``.
         """
         c = self.config
-        online, target = self._unroll(batch.obs, batch.last_actions, "agent", "target_agent")
-        chosen = select(online.q, batch.avail_actions, actions=batch.actions, target_qs=target.q)
-        assert chosen.chosen_qs is not None and chosen.target_qs is not None and chosen.all_greedy is not None
-        q_tot = self._joint("mixer", chosen.chosen_qs[:, :-1], batch.states[:, :-1])
+        with part("unrolls"):
+            online, target = self._unroll(batch.obs, batch.last_actions, "agent", "target_agent")
+        with part("select"):
+            chosen = select(online.q, batch.avail_actions, actions=batch.actions, target_qs=target.q)
+            assert chosen.chosen_qs is not None and chosen.target_qs is not None and chosen.all_greedy is not None
+            chosen_qs = chosen.chosen_qs[:, :-1]
+        q_tot = self._joint("mixer", chosen_qs, batch.states[:, :-1])
 
-        with torch.no_grad():
+        with torch.no_grad(), part("targets"):
             bootstrap = chosen.target_qs if c.double_q else select(target.q, batch.avail_actions).greedy_qs
             target_q_tot = self._joint("target_mixer", bootstrap, batch.states)
             behaviour = None
@@ -52,7 +56,8 @@ class QLearning(Algorithm):
             )  # fmt: skip
             weights = self._weights(batch, q_tot, targets, target_q_tot, chosen.all_greedy)
 
-        loss = td_loss(q_tot, targets, batch.mask, weights=weights, scale=c.loss_scale * c.td_weight)
+        with part("loss"):
+            loss = td_loss(q_tot, targets, batch.mask, weights=weights, scale=c.loss_scale * c.td_weight)
         terms = {
             "loss": loss.loss, "td_error": loss.td_error, "q_tot": q_tot, "targets": targets, "rewards": rewards,
             "target_q_tot": target_q_tot, "greedy_actions": chosen.greedy_actions,
@@ -73,7 +78,8 @@ class QLearning(Algorithm):
     def _joint(self, name: str, agent_qs: Tensor, states: Tensor) -> Tensor:
         """``[B, T, 1]`` from the mixer ``name``, or the agents' own values ``[B, T, A]`` without a mixer."""
         mixer = self.networks.get(name)
-        joint: Tensor = agent_qs if mixer is None else mixer(agent_qs, states)
+        with part("mixer"):
+            joint: Tensor = agent_qs if mixer is None else mixer(agent_qs, states)
         return joint
 
     def _weights(

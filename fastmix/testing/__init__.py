@@ -2,5 +2,16 @@
 
 from fastmix.testing.compare import assert_close, rms_ratio
 from fastmix.testing.poison import poison_, poisoned_allocations
+from fastmix.testing.profiler import CountDispatches, Part, Profile, part, profile
 
-__all__ = ["assert_close", "poison_", "poisoned_allocations", "rms_ratio"]
+__all__ = [
+    "CountDispatches",
+    "Part",
+    "Profile",
+    "assert_close",
+    "part",
+    "poison_",
+    "poisoned_allocations",
+    "profile",
+    "rms_ratio",
+]

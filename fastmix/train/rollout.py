@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from fastmix._parts import part
 from fastmix.algorithms import Algorithm
 from fastmix.envs import BatchedEnv
 from fastmix.train.memory import pinned
@@ -37,13 +38,14 @@ class Player:
 
         Afterwards ``steps`` counts the transitions of each running episode and ``returns`` sums their rewards.
         """
-        # Reading the actions back is all that waits for the device.
-        obs, avail = self._send(self._obs), self._send(self._avail)
-        chosen, self.hidden = self.algo.act(
-            obs, self.last_actions, avail, self.hidden, epsilon=epsilon, generator=generator
-        )
-        self.last_actions.copy_(chosen)
-        actions: np.ndarray = chosen.cpu().numpy()
+        with part("acting"):
+            # Reading the actions back is all that waits for the device.
+            obs, avail = self._send(self._obs), self._send(self._avail)
+            chosen, self.hidden = self.algo.act(
+                obs, self.last_actions, avail, self.hidden, epsilon=epsilon, generator=generator
+            )
+            self.last_actions.copy_(chosen)
+            actions: np.ndarray = chosen.cpu().numpy()
         self.env.step(actions)
         self.steps += 1
         self.returns += self.env.reward
