@@ -47,14 +47,17 @@ def backend(name: str) -> Iterator[None]:
         _chosen = outer
 
 
-def resolve(op: str, tensor: torch.Tensor, explicit: str | None = None) -> str:
+def resolve(op: str, tensor: torch.Tensor, explicit: str | None = None, *, native_limit: str | None = None) -> str:
     """Name of the backend that runs ``op`` on data like ``tensor``.
+
+    ``native_limit`` is why the native backend cannot do this very call, where it does not take every size: the automatic
+    choice then goes on to the next backend.
 
     Raises:
         ValueError: an unknown backend name.
         RuntimeError: the user's choice cannot run this op on this device and dtype, with the reason.
     """
-    return _resolve(op, tensor.device.type, tensor.dtype, explicit or _chosen)
+    return _resolve(op, tensor.device.type, tensor.dtype, explicit or _chosen, native_limit)
 
 
 @cache
@@ -97,8 +100,8 @@ def available(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
     return tuple(name for name in TABLE[op].get(device, ("reference",)) if not _obstacle(op, name, device, dtype))
 
 
-def _resolve(op: str, device: str, dtype: torch.dtype, chosen: str | None) -> str:
-    return _decide(op, device, dtype, chosen)
+def _resolve(op: str, device: str, dtype: torch.dtype, chosen: str | None, native_limit: str | None) -> str:
+    return _decide(op, device, dtype, chosen, native_limit)
 
 
 # A constant in compiled code, made by running the function, not by tracing it. This is all that
@@ -107,15 +110,18 @@ _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
-def _decide(op: str, device: str, dtype: torch.dtype, chosen: str | None) -> str:
+def _decide(op: str, device: str, dtype: torch.dtype, chosen: str | None, native_limit: str | None = None) -> str:
+    def obstacle(name: str) -> str | None:
+        return _obstacle(op, name, device, dtype) or (native_limit if name == "native" else None)
+
     chosen = chosen or os.environ.get("FASTMIX_BACKEND") or None
     if chosen is not None:
-        reason = _obstacle(op, _known(chosen, "backend"), device, dtype)
+        reason = obstacle(_known(chosen, "backend"))
         if reason:
             raise RuntimeError(f"backend {chosen!r} was asked for, but {reason}")
         return chosen
     for name in TABLE[op].get(device, ("reference",)):
-        reason = _obstacle(op, name, device, dtype)
+        reason = obstacle(name)
         if not reason:
             logger.debug("%s on %s %s runs on backend %r", op, device, dtype, name)
             return name
