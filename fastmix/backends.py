@@ -50,8 +50,8 @@ def backend(name: str) -> Iterator[None]:
 def resolve(op: str, tensor: torch.Tensor, explicit: str | None = None, *, native_limit: str | None = None) -> str:
     """Name of the backend that runs ``op`` on data like ``tensor``.
 
-    ``native_limit`` is why the native backend cannot do this very call, where it does not take every size: the automatic
-    choice then goes on to the next backend.
+    ``native_limit`` is why the native backend cannot do this very call, where it does not take every size: the
+    automatic choice then goes on to the next backend.
 
     Raises:
         ValueError: an unknown backend name.
