@@ -411,6 +411,7 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = warpSize) {
 
 inline void __threadfence() {}
 inline void __threadfence_block() {}
+#define emulated_assert(condition) ((condition) ? void() : emulation::fail("assertion " #condition))
 [[noreturn]] inline void __trap() { emulation::fail("trap"); }
 
 template <class T>

@@ -319,7 +319,7 @@ def test_function_transforms() -> None:
 @pytest.fixture(params=[False, True], ids=["ascending", "descending"])
 def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
     """The native backend is the CUDA kernels themselves, run on the host with a block's threads in either order."""
-    with emulate.in_place_of_the_cpu("returns", descending=request.param):
+    with emulate.in_place_of_a_gpu("returns", descending=request.param):
         yield
 
 

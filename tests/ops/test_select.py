@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from fastmix.ops import select
 from fastmix.ops.select import UNAVAILABLE, Selection
 from fastmix.testing import assert_close
+from tests.cuda import emulate
 from tests.generators import SHAPES, episodes, non_contiguous
 from tests.ops.support import ISAS, TOLERANCE, fullgraph, gradients, run_tests_under_isa
 
@@ -310,3 +312,88 @@ def test_function_transforms() -> None:
 
     grad = torch.func.grad(total)(problem.qs.detach())
     assert_close(grad, torch.autograd.grad(total(problem.qs), problem.qs)[0], 0.0)
+
+
+# --- CUDA ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[False, True], ids=["ascending", "descending"])
+def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The native backend is the CUDA kernels themselves, run on the host with a block's threads in either order."""
+    with emulate.in_place_of_a_gpu("select", descending=request.param):
+        yield
+
+
+# Chunks of actions in shared memory: 64 in float32, 32 in float64.
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_actions", [*range(1, 41), 63, 64, 65, 130])
+def test_emulated_cuda_kernels_over_actions(n_actions: int, dtype: torch.dtype) -> None:
+    assert_parity(Problem(5, 9, 3, n_actions, dtype=dtype))
+
+
+# A block takes 128 agents.
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("leading", [(), (1,), (0,), (257,), (3, 4), (2, 0), (2, 3, 4), (130, 1)])
+@pytest.mark.parametrize("n_agents", [0, 1, 2, 27, 128, 129, 300])
+def test_emulated_cuda_kernels_over_rows(leading: tuple[int, ...], n_agents: int) -> None:
+    assert_parity(Problem(*leading, n_agents, 6))
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("avail", AVAIL_DTYPES)
+def test_emulated_cuda_kernels_over_availability(avail: torch.dtype, dtype: torch.dtype) -> None:
+    problem = Problem(4, 11, 3, 18, dtype=dtype, avail=avail)
+    assert_parity(problem)
+    assert_parity(problem, actions=None)
+    assert_parity(problem, target_qs=None)
+    assert_parity(problem, avail_actions=None)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_actions", [8, 9])
+def test_emulated_cuda_kernels_over_strides(n_actions: int, dtype: torch.dtype) -> None:
+    problem = Problem(40, 6, 3, n_actions, dtype=dtype)
+    names = ("agent_qs", "avail_actions", "actions", "target_qs")
+    tensors = (problem.qs, problem.avail, problem.actions, problem.target_qs)
+    for view in (
+        lambda t: t[:, :-1], lambda t: t[:, 1:], lambda t: t[:, ::2], lambda t: t[1:], lambda t: t[:, 2:3],
+        lambda t: t.transpose(0, 1), lambda t: t[:, :, 1:],
+    ):  # fmt: skip
+        assert_parity(problem, **dict(zip(names, map(view, tensors), strict=True)))
+    scattered = [non_contiguous(t.detach()) for t in tensors]
+    scattered[0].requires_grad_()
+    assert_parity(problem, **dict(zip(names, scattered, strict=True)))
+    assert_parity(problem, avail_actions=problem.avail[:1, :1].expand(40, 6, 3, n_actions))
+    # Numbers that begin where no 16 bytes do.
+    shifted = torch.randn(problem.qs.numel() + 1, dtype=dtype)[1:].view_as(problem.qs).requires_grad_()
+    assert_parity(problem, agent_qs=shifted)
+    (grad,) = torch.autograd.grad(problem.run("native").chosen_qs.sum(), problem.qs)  # type: ignore[union-attr]
+    (wanted,) = torch.autograd.grad(problem.run("reference").chosen_qs.sum(), problem.qs)  # type: ignore[union-attr]
+    assert_close(grad, wanted, 0.0, name="from an expanded gradient")
+
+
+@pytest.mark.usefixtures("emulated")
+def test_emulated_cuda_kernels_take_any_number_of_actions() -> None:
+    assert_parity(Problem(3, 2, 20_000))
+    assert_parity(Problem(3, 2, 5_000, dtype=torch.float64))
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_emulated_cuda_kernels_on_ties_and_special_values(dtype: torch.dtype) -> None:
+    test_ties_take_the_lowest_index("native", dtype)
+    test_special_values("native", dtype)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_emulated_cuda_kernels_find_faults() -> None:
+    test_live_rows_need_an_action("native", torch.float32)
+    problem = Problem(50, 5, 2, 4)
+    problem.actions[33, 1, 0], problem.actions[2, 4, 1] = -1, 2**40
+    with pytest.raises(RuntimeError, match="actions must lie in"):  # the device's assertion
+        problem.run("native")
+    with pytest.raises(ValueError, match=r"actions must lie in \[0, 4\), row \(2, 4\)"):
+        problem.run("native", mask=torch.zeros(50, 5))

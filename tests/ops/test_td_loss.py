@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastmix.ops import td_loss
-from fastmix.ops.td_loss import TDLoss
+from fastmix.ops.td_loss import TDLoss, native
 from fastmix.testing import assert_close
+from tests.cuda import emulate
 from tests.generators import non_contiguous
 from tests.ops.support import ISAS, TOLERANCE, fullgraph, gradients, run_tests_under_isa
 
@@ -229,3 +231,63 @@ def test_compiles_whole(backend: str) -> None:
     assert_close(ours.td_error, expected.td_error, 1e-6)
     for grad, wanted in zip(gradients(ours.loss, inputs), gradients(expected.loss, inputs), strict=True):
         assert_close(grad, wanted, 1e-6)
+
+
+# --- CUDA ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[False, True], ids=["ascending", "descending"])
+def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The native backend is the CUDA kernels themselves, run on the host with a block's threads in either order."""
+    with emulate.in_place_of_a_gpu("td_loss", descending=request.param):
+        yield
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("K", [1, 2, 27])
+def test_emulated_cuda_kernels_over_columns(K: int, wide: bool, dtype: torch.dtype) -> None:
+    problem = Problem(7, 61, K, dtype, wide)
+    for weights in (None, problem.weights):
+        for residual in ({}, {"residual": problem.residual}):
+            for normaliser in (None, 13.0, torch.tensor(7.0)):
+                assert_parity(problem, weights=weights, normaliser=normaliser, scale=0.5, **residual)
+
+
+# A block takes 1,024 elements at a time, and at most 1,024 blocks share them.
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(
+    ("B", "T", "K"), [(0, 5, 1), (5, 0, 1), (1, 1, 1), (1, 1023, 1), (4, 256, 1), (5, 205, 1), (33, 17, 3)]
+)
+def test_emulated_cuda_kernels_over_sizes(B: int, T: int, K: int) -> None:
+    assert_parity(Problem(B, T, K))
+
+
+@pytest.mark.usefixtures("emulated")
+def test_emulated_cuda_kernels_with_fewer_blocks_than_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_PARTS", 6)
+    assert_parity(Problem(70, 151, 1))
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("K", [1, 4])
+def test_emulated_cuda_kernels_over_strides(K: int) -> None:
+    test_strides_of_any_kind(K)
+    for shape in ((5, 1, 1), (1,), (), (5, 7, 1), (1, 7, 3)):
+        test_weights_broadcast(shape)
+    test_fractional_masks()
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e38])
+def test_emulated_cuda_kernels_keep_padding_out(value: float) -> None:
+    test_padding_reaches_neither_loss_nor_gradient("native", value)
+    test_nothing_live_is_no_loss("native")
+
+
+@pytest.mark.usefixtures("emulated")
+def test_emulated_cuda_kernels_scale_with_the_loss_and_add_exactly() -> None:
+    test_definition()
+    test_gradient_scales_with_the_loss()
+    test_gradcheck()

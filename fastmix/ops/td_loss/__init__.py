@@ -67,7 +67,7 @@ def td_loss(
 
 def _scalar(normaliser: Tensor | float, qs: Tensor) -> Tensor:
     if not isinstance(normaliser, Tensor):
-        return torch.tensor(float(normaliser), dtype=qs.dtype, device=qs.device)
+        return torch.full((), float(normaliser), dtype=qs.dtype, device=qs.device)  # filled there, not copied there
     if normaliser.numel() != 1 or normaliser.device != qs.device:
         raise ValueError(
             f"normaliser must be a number or a tensor of one number on {qs.device},"
