@@ -380,6 +380,7 @@ def returns(episodes: int, steps: int, setting: Setting = FLOAT32) -> Case:
         setting=setting,
         captured=("ours", "eager"),
         floor=lambda ceilings: n_bytes / ceilings.bandwidth,
+        backend=_backend("returns", setting, contestants["ours"]),
     )
 
 
@@ -432,6 +433,7 @@ def select(
         setting=setting,
         captured=("ours", "eager"),
         floor=lambda ceilings: n_bytes / ceilings.bandwidth,
+        backend=_backend("select", setting, calls["ours"]),
     )
 
 
@@ -479,6 +481,7 @@ def td_loss(episodes: int, steps: int, setting: Setting = FLOAT32) -> Case:
         setting=setting,
         captured=("ours", "eager"),
         floor=lambda ceilings: n_bytes / ceilings.bandwidth,
+        backend=_backend("td_loss", setting, contestants["ours"]),
     )
 
 
@@ -697,6 +700,24 @@ def _backends(op: str, setting: Setting, call: Callable[[str | None], Callable[[
     """``call(backend)`` is a computation by ``op`` on this backend, None for the automatic choice."""
     if setting.device != "cuda":
         return _Backends()
+    chosen = _backend(op, setting, call(None))
+    others, absent = list[str](), dict[str, str]()
+    for name in backends.available(op, setting.device, setting.dtype):
+        if name in ("reference", chosen):
+            continue
+        try:
+            with setting.applied():
+                call(name)()
+            others.append(name)
+        except Exception as error:
+            absent[name] = first_line(error)
+    return _Backends(chosen, tuple(others), absent)
+
+
+def _backend(op: str, setting: Setting, call: Callable[[], object]) -> str:
+    """On a CUDA device the backend that ``call`` runs ``op`` on."""
+    if setting.device != "cuda":
+        return ""
     resolve, found = backends.resolve, list[str]()
 
     def noting(name: str, *args: Any, **options: Any) -> str:
@@ -705,19 +726,9 @@ def _backends(op: str, setting: Setting, call: Callable[[str | None], Callable[[
             found.append(chosen)
         return chosen
 
-    with setting.applied():
-        with mock.patch.object(backends, "resolve", noting):
-            call(None)()
-        others, absent = list[str](), dict[str, str]()
-        for name in backends.available(op, setting.device, setting.dtype):
-            if name in ("reference", found[-1]):
-                continue
-            try:
-                call(name)()
-                others.append(name)
-            except Exception as error:
-                absent[name] = first_line(error)
-    return _Backends(found[-1], tuple(others), absent)
+    with setting.applied(), mock.patch.object(backends, "resolve", noting):
+        call()
+    return found[-1]
 
 
 def _leaves64(params: Iterable[Tensor | None]) -> list[Any]:

@@ -19,12 +19,13 @@ from fastmix.testing import bench
 from fastmix.testing.bench import Rotating, Timing, environment, graphed, interleaved, speedup
 
 _GRAPH: Final = " graph"
+_BOUNDS: Final = ("floor", "empty kernel")
 ORDER: Final = (
     "ours graph",
     *(f"{name}{graph}" for name in ("native", "triton", "cudnn") for graph in ("", _GRAPH)),
     *(f"{name}{graph}" for name in ("eager", "compile", "autotune", "whole") for graph in ("", _GRAPH)),
     *(f"{name}{graph}" for name in ("gru", "cell", "products") for graph in ("", _GRAPH)),
-    *("floor", "empty kernel"),
+    *_BOUNDS,
 )
 """Columns of a table, those that have an entry."""
 
@@ -109,13 +110,13 @@ def measure(case: Case, effort: Effort, goals: Mapping[str, float]) -> dict[str,
                 contestants, effort.rounds, effort.warmup, effort.min_time, effort.max_time, device=device
             )
     ratios = {
-        name: speedup(timing, timings[_partner(case, name, timings)])
+        name: speedup(timing, timings[_partner(case.main, name, timings)])
         for name, timing in timings.items()
         if name != "ours"
     }
     floors = _floors(case, effort.ceilings) if passed else {}
     for name, seconds in floors.items():
-        ratios[name] = seconds / timings["ours graph" if "ours graph" in timings else "ours"].median
+        ratios[name] = seconds / timings[_partner(case.main, name, timings)].median
     measured = {name: timing.as_milliseconds() | costs.get(name, {}) for name, timing in timings.items()}
     return {
         "op": case.op,
@@ -124,6 +125,7 @@ def measure(case: Case, effort: Effort, goals: Mapping[str, float]) -> dict[str,
         "sizes": dict(case.sizes),
         "precision": case.setting.name,
         "backend": case.backend,
+        "main": case.main,
         "note": case.note,
         "parity": parity(errors, allowed),
         "contestants": measured | {name: {"median_ms": 1e3 * seconds} for name, seconds in floors.items()},
@@ -195,7 +197,8 @@ def text(content: dict[str, Any]) -> str:
         if not result["parity"]["passed"]:
             lines.append(f"  not timed: {_why(result)}")
         for name, timing in result["contestants"].items():
-            ratio = f"  {result['ratios'][name]:.2f} x ours" if name in result["ratios"] else ""
+            partner = _partner(result.get("main", "ours"), name, result["contestants"])
+            ratio = f"  {result['ratios'][name]:.2f} x {partner}" if name in result["ratios"] else ""
             spread = f"({timing['p20_ms']:g} to {timing['p80_ms']:g}, {timing['n']} rounds)" if "n" in timing else ""
             lines.append(f"  {name:<14} {timing['median_ms']:>9.4g} ms {spread}{ratio}")
         for name, memory in result.get("memory", {}).items():
@@ -237,7 +240,8 @@ def _reached(result: dict[str, Any]) -> Iterator[str]:
         shown = next((key for key in (name + _GRAPH, name) if key in result["contestants"]), None)
         if shown is not None:
             yield f"{shown} {_us(result, shown)}"
-    yield "error {} ({})".format(*_errors(result))
+    ours, eager = _errors(result)
+    yield f"error {ours} ({eager})" if eager else f"error {ours}"
 
 
 def _errors(result: dict[str, Any]) -> tuple[str, str]:
@@ -418,15 +422,15 @@ def _costs(call: Callable[[], object]) -> dict[str, Any]:
     }
 
 
-def _partner(case: Case, name: str, timings: Mapping[str, Timing]) -> str:
-    """Which of ours a contestant is compared with: what runs in a graph with ours in a graph."""
+def _partner(main: str, name: str, timings: Mapping[str, object]) -> str:
+    """Which of ours a contestant is compared with: what runs in a graph, and bounds, with ours in a graph."""
     if name == "ours graph":
         return "ours"
-    wanted = "ours graph" if name.endswith(_GRAPH) else case.main
+    wanted = "ours graph" if name.endswith(_GRAPH) or name in _BOUNDS else main
     return wanted if wanted in timings else "ours"
 
 
 def _floors(case: Case, ceilings: Ceilings | None) -> dict[str, float]:
     if ceilings is None or case.floor is None:
         return {}
-    return {"floor": case.floor(ceilings), "empty kernel": ceilings.launch}
+    return dict(zip(_BOUNDS, (case.floor(ceilings), ceilings.launch), strict=True))
