@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: ``reference``, ``native`` or ``triton``.
+"""Which implementation of an op runs: ``reference``, ``native``, ``triton`` or ``cudnn``.
 
 The choice is automatic, by device and dtype, from `TABLE`. A choice made by the user (the ``backend=`` argument of an
 op, ``with fastmix.backend("..."):`` or the environment variable ``FASTMIX_BACKEND``, read once, in this order of
@@ -19,7 +19,7 @@ import torch
 
 logger = logging.getLogger("fastmix")
 
-NAMES: Final = ("reference", "native", "triton")
+NAMES: Final = ("reference", "native", "triton", "cudnn")
 
 # op -> device -> backends, the preferred one first. "native" is the compiled core, "reference" is plain PyTorch and is
 # always possible. Source of the order: the op tables of `fastmix bench ops` (benchmarks/results/).
@@ -31,9 +31,12 @@ TABLE: Final[dict[str, dict[str, tuple[str, ...]]]] = {
 TABLE.update({op: {} for op in ("attention", "duplex", "importance", "recognise", "unrestricted")})
 # On the CPU Triton only interprets, for tests; it is never chosen there.
 TABLE["monotonic"] = {"cpu": ("native", "reference", "triton"), "cuda": ("triton", "reference")}
+# Nor is "cudnn", which on the CPU is PyTorch's own GRU.
+TABLE["recurrent"] = {"cpu": ("native", "reference", "cudnn"), "cuda": ("native", "cudnn", "reference")}
 
 NATIVE_DTYPES: Final = (torch.float32, torch.float64)
 TRITON_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
+CUDNN_DTYPES: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 _chosen: str | None = None  # by backend(); a plain global, which torch.compile guards on
 
@@ -97,6 +100,13 @@ def triton_problem(device: str) -> str | None:
     return None
 
 
+def cudnn_problem(device: str) -> str | None:
+    """Why cuDNN's GRU cannot run on ``device``, or None when it can; PyTorch's own takes its place on the CPU."""
+    if device == "cpu" or torch.backends.cudnn.is_available():
+        return None
+    return "this PyTorch has no cuDNN; install one that has, or choose another backend"
+
+
 def available(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
     """Backends that can run ``op`` on ``device`` here, the preferred one first."""
     return tuple(name for name in TABLE[op].get(device, ("reference",)) if not _obstacle(op, name, device, dtype))
@@ -136,11 +146,13 @@ def _obstacle(op: str, name: str, device: str, dtype: torch.dtype) -> str | None
         return None
     if name not in TABLE[op].get(device, ()):
         return f"{op} has no {name!r} backend on device {device!r}"
-    dtypes = TRITON_DTYPES if name == "triton" else NATIVE_DTYPES
+    dtypes = {"triton": TRITON_DTYPES, "cudnn": CUDNN_DTYPES}.get(name, NATIVE_DTYPES)
     if dtype not in dtypes:
         return f"{op} on {name!r} takes {' or '.join(map(str, dtypes))}, got {dtype}"
     if name == "triton":
         return triton_problem(device)
+    if name == "cudnn":
+        return cudnn_problem(device)
     return core_problem() or (cuda_problem() if device == "cuda" else None)
 
 
