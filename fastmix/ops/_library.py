@@ -103,6 +103,38 @@ def _functions(
     )
 
 
+class CoreFunction:
+    """A function of the compiled core, which exists once per dtype and for the CPU and CUDA each.
+
+    Call it with a tensor whose dtype and device decide, and with the arguments but for the last one, which is the
+    number of torch's threads on the CPU and the current stream on CUDA.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.on_cpu, self.on_cuda = _ByDtype(name), _ByDtype(f"{name}_cuda")
+
+    def __call__(self, like: Tensor, *args: Any) -> Any:
+        if like.is_cuda:
+            return queue_on(like.device, self.on_cuda[like.dtype], *args)
+        return self.on_cpu[like.dtype](*args, torch.get_num_threads())
+
+
+class _ByDtype(dict[torch.dtype, Callable[..., Any]]):
+    """``<name>_<dtype>`` of the core, looked up on first use: nothing of fastmix imports the core when imported."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def __missing__(self, dtype: torch.dtype) -> Callable[..., Any]:
+        from fastmix import _core
+
+        function: Callable[..., Any] = getattr(_core, f"{self._name}_{str(dtype).removeprefix('torch.')}")
+        self[dtype] = function
+        return function
+
+
 def queue_on(device: torch.device, function: Callable[..., Any], *args: Any) -> Any:
     """Call a CUDA ``function`` of the core on ``device``, with torch's current stream there as its last argument.
 

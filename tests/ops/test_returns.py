@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import re
-import shutil
-import subprocess
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,8 +13,9 @@ from fastmix import _core, backends
 from fastmix.ops import returns
 from fastmix.ops.returns import KINDS
 from fastmix.testing import assert_close
+from tests.cuda import emulate
 from tests.generators import non_contiguous
-from tests.ops.support import ISAS, ROOT, TOLERANCE, fullgraph, gradients, run_tests_under_isa
+from tests.ops.support import ISAS, TOLERANCE, fullgraph, gradients, run_tests_under_isa
 
 DTYPES = (torch.float32, torch.float64)
 TRAILING = ((1,), (3,), (1, 8), (2, 33))
@@ -320,64 +316,27 @@ def test_function_transforms() -> None:
 # --- CUDA ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
-    """`run` of cuda_emulation.cpp: the CUDA kernels themselves, compiled for the host."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler to emulate the CUDA kernels with")
-    folder = tmp_path_factory.mktemp("cuda")
-    source = (ROOT / "csrc/cuda/returns.cu").read_text()
-    launch = re.compile(r"(\w+_kernel)<<<(.+), (\w+), 0, .+>>>\(p\);")
-    source, launches = launch.subn(r"emulated_launch(\2, \3, [&] { \1(p); });", source)
-    assert launches == 2
-    (folder / "returns.cpp").write_text(source)
-    library = folder / "emulation.so"
-    subprocess.run(
-        [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", f"-I{ROOT / 'csrc'}", "-DFASTMIX_ISA=cuda",
-         f'-DKERNELS="{folder / "returns.cpp"}"', str(Path(__file__).with_name("cuda_emulation.cpp")),
-         "-o", str(library)],
-        check=True,
-    )  # fmt: skip
-    function = ctypes.CDLL(str(library)).run
-    function.restype = ctypes.c_char_p
-    function.argtypes = [
-        ctypes.c_bool, ctypes.c_bool, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_int64),
-        ctypes.c_double, ctypes.c_int, ctypes.c_double, ctypes.c_int64,
-    ]  # fmt: skip
-
-    def call(backward: bool, arrays: list[Tensor], sizes: list[int], settings: dict[str, Any]) -> None:
-        error = function(
-            backward, arrays[0].dtype == torch.float64,
-            (ctypes.c_void_p * 6)(*(a.data_ptr() for a in arrays)), (ctypes.c_int64 * 4)(*sizes),
-            0.95, KINDS.index(settings["kind"]), settings.get("td_lambda", 0.0), settings.get("n_step", 1),
-        )  # fmt: skip
-        assert error is None
-
-    return call
+@pytest.fixture(params=[False, True], ids=["ascending", "descending"])
+def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The native backend is the CUDA kernels themselves, run on the host with a block's threads in either order."""
+    with emulate.in_place_of_the_cpu("returns", descending=request.param):
+        yield
 
 
+@pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("B", "T", "K", "wide"), [(3, 70, 1, False), (2, 33, 3, True), (2, 32, 3, False), (9, 5, 1, False)]
-)
+    ("B", "T", "trailing", "wide"),
+    [
+        (3, 70, (1,), False), (2, 33, (3,), True), (2, 32, (3,), False), (2, 31, (1, 8), False), (9, 5, (1,), False),
+        (1, 1, (1,), False), (0, 5, (1,), False), (5, 0, (1,), False), (2, 97, (2,), False),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_emulated_cuda_kernels(
-    emulated: Callable[..., None], settings: dict[str, Any], B: int, T: int, K: int, wide: bool, dtype: torch.dtype
+    settings: dict[str, Any], B: int, T: int, trailing: tuple[int, ...], wide: bool, dtype: torch.dtype
 ) -> None:
-    problem = make(B, T, (K,), dtype, wide)
-    expected = run(problem, "reference", settings)
-    targets = torch.full((B, T, K), torch.nan, dtype=dtype)
-    sizes = [B, T, K, problem.rewards.shape[2]]
-    emulated(False, [*problem[:4], problem.behaviour_qs, targets], sizes, settings)
-    assert_close(targets, expected, TOLERANCE[dtype])
-
-    grad = torch.randn(B, T, K, dtype=dtype)
-    inputs = problem.inputs(settings["kind"])
-    grads = [torch.full_like(t, torch.nan) for t in (problem.rewards, problem.target_qs, problem.behaviour_qs)]
-    emulated(True, [grad, problem.terminated, problem.mask, *grads], sizes, settings)
-    for ours, wanted in zip(grads, torch.autograd.grad(expected, inputs, grad, allow_unused=True), strict=False):
-        assert_close(ours, torch.zeros_like(ours) if wanted is None else wanted, TOLERANCE[dtype])
+    assert_parity(make(B, T, trailing, dtype, wide), settings)
 
 
 def test_cuda_backend_is_named_or_explained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastmix.ops import _library
 
 _KINDS = {"td_lambda": 0, "q_lambda": 1, "one_step": 2, "n_step": 3}
+_run_forward, _run_backward = _library.CoreFunction("returns_forward"), _library.CoreFunction("returns_backward")
 
 
 def returns(
@@ -51,8 +52,7 @@ def _forward(
     episodes, steps, reward_columns = rewards.shape
     columns = target_qs.shape[2]
     targets = torch.empty((episodes, steps, columns), dtype=target_qs.dtype, device=target_qs.device)
-    _run(
-        "returns_forward",
+    _run_forward(
         targets,
         rewards.data_ptr(), terminated.data_ptr(), mask.data_ptr(), target_qs.data_ptr(),
         0 if behaviour_qs is None else behaviour_qs.data_ptr(), targets.data_ptr(),
@@ -79,25 +79,13 @@ def _backward_forward(
     grad_qs = torch.empty((episodes, steps + 1, columns), dtype=dtype, device=device)
     behaviour_steps = steps + 1 if kind == _KINDS["q_lambda"] else 0
     grad_behaviour = torch.empty((episodes, behaviour_steps, columns), dtype=dtype, device=device)
-    _run(
-        "returns_backward",
+    _run_backward(
         grad_qs,
         grad_targets.data_ptr(), terminated.data_ptr(), mask.data_ptr(),
         grad_rewards.data_ptr(), grad_qs.data_ptr(), grad_behaviour.data_ptr(),
         episodes, steps, columns, reward_columns, gamma, kind, td_lambda, n_step,
     )  # fmt: skip
     return grad_rewards, grad_qs, grad_behaviour
-
-
-def _run(name: str, output: Tensor, *args: float) -> None:
-    """Call the core's function for the output's dtype and device, on torch's threads or its current stream."""
-    from fastmix import _core
-
-    dtype = "float64" if output.dtype is torch.float64 else "float32"
-    if not output.is_cuda:
-        getattr(_core, f"{name}_{dtype}")(*args, torch.get_num_threads())
-        return
-    _library.queue_on(output.device, getattr(_core, f"{name}_cuda_{dtype}"), *args)
 
 
 def _backward_fake(
