@@ -21,6 +21,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <deque>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -88,6 +89,17 @@ template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+};
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  constexpr int kValues[] = {2, 227 * 1024, 9, 0};  // so few multiprocessors that blocks get to do more than one tile
+  return *value = kValues[attribute], cudaSuccess;
+}
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t = nullptr) {
   std::memset(to, value, bytes);
   return cudaSuccess;
@@ -113,6 +125,12 @@ struct Meeting {
   int votes[2] = {0, 0};
 };
 
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+  size_t bytes;
+};
+
 struct Thread {
   jmp_buf at;
   ucontext_t entry;
@@ -120,6 +138,7 @@ struct Thread {
   bool started = false, finished = true;
   Meeting* waits = nullptr;
   uint64_t turn = 0;
+  std::deque<std::vector<Copy>> copies = {{}};  // asynchronous ones by group, the last group open
 };
 
 struct Warp {
@@ -298,7 +317,10 @@ inline void run_block() {
   warps.assign((n_threads + kLanes - 1) / kLanes, Warp());
   whole_block = Meeting();
   n_finished = 0;
-  for (unsigned i = 0; i < n_threads; ++i) threads[i].finished = false;
+  for (unsigned i = 0; i < n_threads; ++i) {
+    threads[i].finished = false;
+    threads[i].copies.assign(1, {});
+  }
   while (n_finished < n_threads && error.empty()) {
     bool moved = false;
     for (unsigned i = 0; i < n_threads && error.empty(); ++i) {
@@ -405,7 +427,63 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = warpSize) {
   return from < (lane & ~(width - 1)) + width ? brought[from] : value;
 }
 
-// Matrix units (mma.sync and its loads) go here, on top of emulation::Brought.
+// --- Matrix units and asynchronous copies (csrc/cuda/mma.cuh) --------------------------------------------------------
+
+namespace emulation {
+
+template <class To, class From>
+To same_bits(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+inline float tf32_bits(float x) { return same_bits<float>(same_bits<uint32_t>(x) & 0xffffe000u); }
+inline float to_tf32(float x) {
+  return std::isnan(x) ? x : tf32_bits(same_bits<float>(same_bits<uint32_t>(x) + 0x1000u));
+}
+
+// mma.sync m16n8k8 of tf32: the low bits of operands are ignored.
+inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
+  struct Fragments {
+    float a[4], b[2];
+  } mine = {{tf32_bits(a[0]), tf32_bits(a[1]), tf32_bits(a[2]), tf32_bits(a[3])}, {tf32_bits(b0), tf32_bits(b1)}};
+  const Brought<Fragments> brought(0xffffffffu, mine);
+  const unsigned g = lane() / 4, t = lane() % 4;
+  for (unsigned k = 0; k < 8; ++k) {
+    const Fragments row = brought[4 * g + k % 4];
+    for (unsigned column = 0; column < 2; ++column) {
+      const float b = brought[4 * (2 * t + column) + k % 4].b[k / 4];
+      c[column] += row.a[2 * (k / 4)] * b;
+      c[2 + column] += row.a[2 * (k / 4) + 1] * b;
+    }
+  }
+}
+
+// Copies happen as late as they may: when they are waited for.
+inline void copy_async(void* to, const void* from, size_t bytes, bool inside) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0) {
+    fail("an asynchronous copy is not aligned");
+  }
+  threads[current].copies.back().push_back({to, inside ? from : nullptr, bytes});
+}
+inline void end_copies() { threads[current].copies.emplace_back(); }
+inline void copies_arrived(size_t pending) {
+  auto& copies = threads[current].copies;
+  while (copies.size() > pending + 1) {
+    for (const auto& [to, from, bytes] : copies.front()) {
+      if (from == nullptr) {
+        std::memset(to, 0, bytes);
+      } else {
+        std::memcpy(to, from, bytes);
+      }
+    }
+    copies.pop_front();
+  }
+}
+
+}  // namespace emulation
 
 // --- Memory and arithmetic -------------------------------------------------------------------------------------------
 
@@ -463,18 +541,6 @@ inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
-
-namespace emulation {
-
-template <class To, class From>
-To same_bits(From value) {
-  static_assert(sizeof(To) == sizeof(From));
-  To result;
-  std::memcpy(&result, &value, sizeof(To));
-  return result;
-}
-
-}  // namespace emulation
 
 inline int __float_as_int(float x) { return emulation::same_bits<int>(x); }
 inline unsigned __float_as_uint(float x) { return emulation::same_bits<unsigned>(x); }
