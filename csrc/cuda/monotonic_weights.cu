@@ -1,0 +1,701 @@
+// `monotonic` on CUDA: the gradients of the weights, once monotonic.cu has left G, the gradient of the first layers'
+// outputs. Three launches:
+//
+// second_layer_kernel  dW_a = x_a^T h1 with x_a[row, e] = q_a[row] * G_b1[row, e] * slope_a[row, e]; for w2 it is
+//     x = grad * elu(mix) * slope, with h2. What bounds it is memory, so a block reads its rows once for all agents (up
+//     to 10: eleven matrices of 64 x 32 are a third of a multiprocessor's registers). A warp owns eight of the 32
+//     columns e of every agent, and every other step of eight rows: h1's fragments are loaded once for all agents,
+//     every x is computed once, and all warps have equal work, whatever the number of agents.
+// first_layer_kernel   G^T [states | 1]: the constant column gives the gradients of the biases. A block makes up to
+//     192 x 176 outputs, so that G, by then mostly in the L2 cache, is read but once or twice.
+// add_parts_kernel     Both leave one sum for each part of the rows; this adds them, the warps of a block side by side,
+//     and writes what is no padding.
+//
+// Parts follow from the sizes and the number of multiprocessors alone and are added in a fixed order, so every run gives
+// the same bits. Operands come to shared memory by asynchronous copies some tiles ahead. Rows of a tile are 8 (modulo
+// 32) floats apart there: what the lanes of a fragment (mma.cuh) read, four rows of eight columns, falls into 32 banks.
+#include <algorithm>
+#include <iterator>
+
+#include "cuda/launch.cuh"
+#include "cuda/mma.cuh"
+#include "fastmix/monotonic.h"
+
+namespace fastmix {
+namespace {
+
+constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kStep = 8;             // rows of one product
+constexpr int64_t kFewestRows = 64;  // of a part
+constexpr int kHidden = kMonotonicHidden, kEmbed = kMonotonicEmbed, kColumns = kMonotonicColumns;
+constexpr int kMatrix = kHidden * kEmbed;
+constexpr int kHidden2 = kHidden, kMix = 2 * kHidden, kV = kMix + kEmbed;  // columns of the first layers' outputs
+
+using Problem = MonotonicBackwardWeightsCuda;
+
+// How the work is cut up.
+struct Cut {
+  int slots, groups, agents;        // second layer: `groups` of up to `agents` agents, in a kernel made for `slots`
+  int second_rows, second_parts;    // rows in shared memory at once; parts of the rows
+  int tiles, blocks;                // first layer: `blocks` along the states, of 16 * `tiles` columns each
+  int first_rows, first_parts;
+  int64_t second_size, first_size;  // floats of a part
+  int64_t first_parts_at;           // the second layer's parts, then the first layer's
+
+  __host__ __device__ int columns() const { return 16 * tiles * blocks; }
+  int64_t size() const { return first_parts_at + first_parts * first_size; }
+};
+
+// Where a part begins: parts are whole steps, and as even as that allows.
+__device__ __forceinline__ int64_t first_row(int64_t rows, int part, int parts) {
+  const int64_t row = (rows + kStep - 1) / kStep * part / parts * kStep;
+  return row < rows ? row : rows;
+}
+
+// An operand of the matrix units, and with full precision what it lacks of float32.
+template <bool kFull>
+struct Operand {
+  float high, low;
+
+  // `rounded`: x is tf32 already, unless precision is full.
+  __device__ __forceinline__ static Operand of(float x, bool rounded = false) {
+    const float high = rounded && !kFull ? x : to_tf32(x);
+    return {high, kFull ? to_tf32(x - high) : 0};
+  }
+};
+
+template <bool kFull>
+struct FragmentA {
+  float high[4], low[4];
+
+  __device__ __forceinline__ void set(int i, const Operand<kFull>& x) {
+    high[i] = x.high;
+    low[i] = x.low;
+  }
+};
+
+template <bool kFull>
+__device__ __forceinline__ void multiply(float (&c)[4], const FragmentA<kFull>& a, const Operand<kFull>& b0,
+                                         const Operand<kFull>& b1) {
+  if constexpr (kFull) {  // the small ones first
+    mma_tf32(c, a.low, b0.high, b1.high);
+    mma_tf32(c, a.high, b0.low, b1.low);
+  }
+  mma_tf32(c, a.high, b0.high, b1.high);
+}
+
+// Where a row begins; a division only where the rows do come in groups, and of 64 bits, which take a hundred
+// instructions, only where it must be.
+__device__ __forceinline__ const float* row_of(const StridedRows<float>& rows, int64_t row) {
+  if (row < rows.inner) return rows.data + row * rows.inner_stride;
+  const int64_t group = (row | rows.inner) >> 32 == 0 ? static_cast<uint32_t>(row) / static_cast<uint32_t>(rows.inner)
+                                                      : row / rows.inner;
+  return rows.data + group * rows.outer_stride + (row - group * rows.inner) * rows.inner_stride;
+}
+
+// -------------------------------------------------------------------------------------------------- the second layer
+
+constexpr int kSecondStages = 3;
+
+// A tile of rows in shared memory. With w2 behind them, a unit is an agent's generated weights.
+template <int kSlots>
+struct SecondTile {
+  static constexpr int kUnits = kSlots + 1;
+  static constexpr int kHiddenStride = kHidden + 8, kEmbedStride = kEmbed + 8;
+  static constexpr int kRow = 2 * kHiddenStride + 2 * kEmbedStride + kEmbed + 3 * kUnits;  // floats of a row
+
+  float *h1, *h2;           // [rows, 64]
+  float *grad_mix, *mix;    // [rows, 32]
+  float* v;                 // [rows, 32]
+  float2* scales;           // [rows, kUnits]: the agent's value, for w2 the gradient of the row; word of slopes -1
+  float* positive;          // [rows, kUnits]: word of slopes 1
+
+  __device__ __forceinline__ SecondTile(float* memory, int rows)
+      : h1(memory),
+        h2(h1 + rows * kHiddenStride),
+        grad_mix(h2 + rows * kHiddenStride),
+        mix(grad_mix + rows * kEmbedStride),
+        v(mix + rows * kEmbedStride),
+        scales(reinterpret_cast<float2*>(v + rows * kEmbed)),
+        positive(reinterpret_cast<float*>(scales + rows * kUnits)) {}
+};
+
+// What a block of the second layer does.
+template <int kSlots>
+struct SecondWork {
+  static constexpr int kUnits = kSlots + 1;
+
+  const Problem& p;
+  int rows;            // of a tile
+  int64_t begin, end;  // rows of the part
+  int first, agents;   // agents of the group
+  bool has_w2;         // the last group has w2 and V's output layer as well
+
+  __device__ SecondWork(const Problem& problem, const Cut& cut)
+      : p(problem),
+        rows(cut.second_rows),
+        begin(first_row(p.rows, static_cast<int>(blockIdx.x), cut.second_parts)),
+        end(first_row(p.rows, static_cast<int>(blockIdx.x) + 1, cut.second_parts)),
+        first(static_cast<int>(blockIdx.y) * cut.agents),
+        agents(min(cut.agents, static_cast<int>(p.agents) - first)),
+        has_w2(blockIdx.y + 1 == gridDim.y) {}
+
+  __device__ __forceinline__ bool has(int unit) const { return unit == kSlots ? has_w2 : unit < agents; }
+  __device__ __forceinline__ int64_t unit(int i) const { return i == kSlots ? p.agents : first + i; }
+
+  // Queues copies of tile `n`; zeros where there is no row or no such unit.
+  __device__ void fetch(const SecondTile<kSlots>& to, int64_t n) const {
+    constexpr int kHiddenStride = SecondTile<kSlots>::kHiddenStride, kEmbedStride = SecondTile<kSlots>::kEmbedStride;
+    const int thread = static_cast<int>(threadIdx.x);
+    const int64_t start = begin + n * rows;
+    for (int r = thread / (kHidden / 4), c = thread % (kHidden / 4) * 4; r < rows; r += kThreads / (kHidden / 4)) {
+      const bool inside = start + r < end;
+      const float* const from = p.activations + (start + r) * kColumns + c;
+      copy_async(to.h1 + r * kHiddenStride + c, from, inside);
+      if (has_w2) copy_async(to.h2 + r * kHiddenStride + c, from + kHidden2, inside);
+    }
+    for (int r = thread / (kEmbed / 4), c = thread % (kEmbed / 4) * 4; r < rows; r += kThreads / (kEmbed / 4)) {
+      const bool inside = start + r < end;
+      const int64_t row = (start + r) * kColumns + c;
+      copy_async(to.grad_mix + r * kEmbedStride + c, p.grad_activations + row + kMix, inside);
+      if (has_w2) {
+        copy_async(to.mix + r * kEmbedStride + c, p.activations + row + kMix, inside);
+        copy_async(to.v + r * kEmbed + c, p.activations + row + kV, inside);
+      }
+    }
+    const bool has_signs = p.positivity == Positivity::abs;
+    for (int i = thread; i < rows * kUnits; i += kThreads) {
+      const int r = i / kUnits, u = i % kUnits;
+      const int64_t row = start + r;
+      const bool inside = row < end && has(u);
+      const float* scale = p.grad_q_tot;
+      const uint32_t* signs = p.signs;
+      if (inside) {
+        scale = u == kSlots ? p.grad_q_tot + row : row_of(p.agent_qs, row) + unit(u) * p.agent_qs.column_stride;
+        signs += (row * (p.agents + 1) + unit(u)) * 2;
+      }
+      float* const pair = reinterpret_cast<float*>(to.scales + i);
+      copy_async<4>(pair, scale, inside);
+      copy_async<4>(pair + 1, reinterpret_cast<const float*>(signs + 1), inside && has_signs);
+      copy_async<4>(to.positive + i, reinterpret_cast<const float*>(signs), inside && has_signs);
+    }
+  }
+
+  // Whether one of the slopes that this thread copied is 0: then neither word has its bit.
+  __device__ bool brought_zero(const SecondTile<kSlots>& tile, int64_t n) const {
+    bool found = false;
+    if (p.positivity == Positivity::abs) {
+      const uint32_t all = 0xffffffffu >> (kEmbed - p.embed);
+      for (int i = static_cast<int>(threadIdx.x); i < rows * kUnits; i += kThreads) {
+        if (begin + n * rows + i / kUnits < end && has(i % kUnits)) {
+          found |= (__float_as_uint(tile.scales[i].y) | __float_as_uint(tile.positive[i]) | ~all) != 0xffffffffu;
+        }
+      }
+    }
+    return found;
+  }
+};
+
+// What a lane holds. Tile i of 16 units of the hidden layer has as its rows g units 4 g + i, as its rows g + 8 units
+// 32 + 4 g + i: a lane's operands are neighbours in memory, and so are its results.
+template <int kUnits>
+struct SecondSums {
+  float weight[kUnits][4][4] = {}, bias[kUnits] = {};
+  float v_weight = 0, v_bias = 0;
+};
+
+// Rows t and t + 4 of a step, as operand A of the four tiles; `from` is unit 4 g of row t.
+template <bool kFull>
+__device__ __forceinline__ void load_hidden(FragmentA<kFull> (&a)[4], const float* from, int stride) {
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const float4 lower = *reinterpret_cast<const float4*>(from + 4 * k * stride);
+    const float4 upper = *reinterpret_cast<const float4*>(from + 4 * k * stride + kHidden / 2);
+    const float values[2][4] = {{lower.x, lower.y, lower.z, lower.w}, {upper.x, upper.y, upper.z, upper.w}};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      a[i].set(2 * k, Operand<kFull>::of(values[0][i], true));
+      a[i].set(2 * k + 1, Operand<kFull>::of(values[1][i], true));
+    }
+  }
+}
+
+// `x` times scale and slope.
+template <bool kZeros>
+__device__ __forceinline__ float scaled(float x, const float2& scale, const float* positive, int column) {
+  const uint32_t negative = __float_as_uint(scale.y);
+  const float value = x * scale.x;
+  if (kZeros && (((negative | __float_as_uint(*positive)) >> column) & 1) == 0) return 0;
+  return __uint_as_float(__float_as_uint(value) ^ (negative << (31 - column) & 0x80000000u));
+}
+
+__device__ __forceinline__ float elu(float x) { return x > 0 ? x : expm1f(x); }
+
+// The steps of a tile that fall to the warp. Units below `kSure` are always there.
+template <int kSlots, bool kFull, bool kZeros>
+__device__ __forceinline__ void add_tile(SecondSums<kSlots + 1>& sums, const SecondTile<kSlots>& tile, int steps,
+                                         int agents, bool has_w2, int slice, int column, int g, int t) {
+  constexpr int kHiddenStride = SecondTile<kSlots>::kHiddenStride, kEmbedStride = SecondTile<kSlots>::kEmbedStride;
+  constexpr int kUnits = kSlots + 1, kSure = kSlots == 10 ? 8 : kSlots == 8 ? 5 : kSlots == 5 ? 3 : 0;
+  for (int step = slice; step < steps; step += 2) {
+    const int row = step * kStep + t;
+    const float2* const scales = tile.scales + row * kUnits;
+    const float* const positive = tile.positive + row * kUnits;
+    const auto add = [&](int u, const FragmentA<kFull>(&a)[4], float x0, float x1) {
+      x0 = scaled<kZeros>(x0, scales[u], positive + u, column);
+      x1 = scaled<kZeros>(x1, scales[4 * kUnits + u], positive + 4 * kUnits + u, column);
+      sums.bias[u] += x0 + x1;
+      const auto b0 = Operand<kFull>::of(x0), b1 = Operand<kFull>::of(x1);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) multiply(sums.weight[u][i], a[i], b0, b1);
+    };
+    FragmentA<kFull> h[4];
+    load_hidden(h, tile.h1 + row * kHiddenStride + 4 * g, kHiddenStride);
+    const float* const grad_mix = tile.grad_mix + row * kEmbedStride + column;
+    const float grad0 = grad_mix[0], grad1 = grad_mix[4 * kEmbedStride];
+#pragma unroll
+    for (int u = 0; u < kSlots; ++u) {
+      if (u < kSure || u < agents) add(u, h, grad0, grad1);
+    }
+    if (has_w2) {
+      load_hidden(h, tile.h2 + row * kHiddenStride + 4 * g, kHiddenStride);
+      const float* const mix = tile.mix + row * kEmbedStride + column;
+      add(kSlots, h, elu(mix[0]), elu(mix[4 * kEmbedStride]));
+    }
+  }
+}
+
+// Adds the two slices of the rows, and leaves the block's part in memory.
+template <int kSlots>
+__device__ __forceinline__ void store_part(SecondSums<kSlots + 1>& sums, const SecondWork<kSlots>& work, float* memory,
+                                           float* part, int slice, int column, int g, int t) {
+  constexpr int kUnits = kSlots + 1, kHalf = kThreads / 2;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  float4* const weights = reinterpret_cast<float4*>(memory) + thread % kHalf;  // [kUnits, 4, kHalf]
+  float* const biases = memory + kUnits * kMatrix;                             // [kUnits, 32]
+  float* const v = biases + kUnits * kEmbed;                                   // [kWarps, 33]
+  const auto quad = [&](int u, int c) -> float4 {
+    return {sums.weight[u][0][c], sums.weight[u][1][c], sums.weight[u][2][c], sums.weight[u][3][c]};
+  };
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    sums.bias[u] += __shfl_xor_sync(kAllLanes, sums.bias[u], 1);
+    sums.bias[u] += __shfl_xor_sync(kAllLanes, sums.bias[u], 2);
+  }
+  __syncthreads();  // the tiles have been read
+  if (slice == 1) {
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) weights[(u * 4 + c) * kHalf] = quad(u, c);
+      if (t == 0) biases[u * kEmbed + column] = sums.bias[u];
+    }
+  }
+  v[warp * (kEmbed + 1) + lane] = sums.v_weight;
+  if (lane == 0) v[warp * (kEmbed + 1) + kEmbed] = sums.v_bias;
+  __syncthreads();
+  const int64_t units = work.p.agents + 1;
+  if (slice == 0) {
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      if (work.has(u)) {
+        const int64_t unit = work.unit(u);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const float4 mine = quad(u, c), other = weights[(u * 4 + c) * kHalf];
+          const int e = column - g + 2 * t + c % 2, h = kHidden / 2 * (c / 2) + 4 * g;
+          *reinterpret_cast<float4*>(part + unit * kMatrix + e * kHidden + h) =
+              float4{mine.x + other.x, mine.y + other.y, mine.z + other.z, mine.w + other.w};
+        }
+        if (t == 0) {
+          part[units * kMatrix + unit * kEmbed + column] = sums.bias[u] + biases[u * kEmbed + column];
+        }
+      }
+    }
+  } else if (warp == kWarps - 1 && work.has_w2) {
+    float* const to = part + units * (kMatrix + kEmbed);
+    for (int e = lane; e < kEmbed + 4; e += kWarp) {  // v_weight, and v_bias padded to 4
+      float sum = 0;
+      for (int i = 0; i < kWarps && e <= kEmbed; ++i) sum += v[i * (kEmbed + 1) + e];
+      to[e] = sum;
+    }
+  }
+}
+
+template <int kSlots, bool kFull>
+__global__ void __launch_bounds__(kThreads, 1) second_layer_kernel(const Problem p, const Cut cut) {
+  extern __shared__ __align__(16) float memory[];
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int g = lane / 4, t = lane % 4, column = warp % 4 * 8 + g, slice = warp / 4;
+  const SecondWork<kSlots> work(p, cut);
+  const int rows = work.rows;
+  const auto stage = [&](int64_t n) {
+    return SecondTile<kSlots>(memory + n % kSecondStages * (rows * SecondTile<kSlots>::kRow), rows);
+  };
+  const int64_t tiles = (work.end - work.begin + rows - 1) / rows;
+  for (int n = 0; n < kSecondStages - 1; ++n) {
+    if (n < tiles) work.fetch(stage(n), n);
+    end_copies();
+  }
+  SecondSums<kSlots + 1> sums;
+  for (int64_t n = 0; n < tiles; ++n) {
+    copies_arrived<kSecondStages - 2>();
+    const SecondTile<kSlots> tile = stage(n);
+    const bool has_zero = __syncthreads_or(work.brought_zero(tile, n));
+    if (n + kSecondStages - 1 < tiles) work.fetch(stage(n + kSecondStages - 1), n + kSecondStages - 1);
+    end_copies();
+    const int64_t left = work.end - work.begin - n * rows;
+    const int steps = static_cast<int>((left < rows ? left : rows) + kStep - 1) / kStep;
+    if (has_zero) {
+      add_tile<kSlots, kFull, true>(sums, tile, steps, work.agents, work.has_w2, slice, column, g, t);
+    } else {
+      add_tile<kSlots, kFull, false>(sums, tile, steps, work.agents, work.has_w2, slice, column, g, t);
+    }
+    if (work.has_w2) {
+      for (int r = warp; r < rows; r += kWarps) {
+        const float grad = tile.scales[r * (kSlots + 1) + kSlots].x;
+        sums.v_weight += grad * tile.v[r * kEmbed + lane];
+        sums.v_bias += grad;
+      }
+    }
+  }
+  store_part(sums, work, memory, p.parts + blockIdx.x * cut.second_size, slice, column, g, t);
+}
+
+// --------------------------------------------------------------------------------------------------- the first layer
+
+constexpr int kFirstStages = 4;
+constexpr int kGradStride = kColumns + 8;
+
+// Four warps along the 192 columns of G, two along those of the states.
+constexpr int kGradWarps = 4, kGradTiles = kColumns / 16 / kGradWarps;
+
+// Rows `first`, `first` + 8, ... of the states, without a division for each.
+class StateRows {
+ public:
+  __device__ StateRows(const StridedRows<float>& rows, int64_t first) : rows_(rows) {
+    const int64_t group = first < rows.inner ? 0 : first / rows.inner;
+    group_ = rows.data + group * rows.outer_stride;
+    row_ = first - group * rows.inner;
+  }
+  __device__ __forceinline__ const float* operator*() const { return group_ + row_ * rows_.inner_stride; }
+  __device__ __forceinline__ void operator++() {
+    for (row_ += kWarps; row_ >= rows_.inner; row_ -= rows_.inner) group_ += rows_.outer_stride;
+  }
+
+ private:
+  const StridedRows<float>& rows_;
+  const float* group_;
+  int64_t row_;
+};
+
+// A row of the states [0, columns), `kFloats` at a time.
+template <int kFloats>
+__device__ __forceinline__ void copy_states(float* to, const float* from, int columns, bool inside, int lane) {
+  for (int c = lane * kFloats; c < columns; c += kWarp * kFloats) {
+    copy_async<kFloats * sizeof(float)>(to + c, from + c, inside);
+  }
+}
+
+// `width`: floats that one copy of the states may take.
+template <int kTiles, bool kFull>
+__global__ void __launch_bounds__(kThreads, 1) first_layer_kernel(const Problem p, const Cut cut, int width) {
+  constexpr int kStates = 16 * kTiles, kStride = kStates + 8;
+  extern __shared__ __align__(16) float memory[];
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  const int g = lane / 4, t = lane % 4;
+  const int rows = cut.first_rows, stage_size = rows * (kGradStride + kStride);
+  const int64_t begin = first_row(p.rows, static_cast<int>(blockIdx.y), cut.first_parts);
+  const int64_t end = first_row(p.rows, static_cast<int>(blockIdx.y) + 1, cut.first_parts);
+  const int64_t tiles = (end - begin + rows - 1) / rows, start = int64_t{blockIdx.x} * kStates;
+  const int columns = static_cast<int>(p.state_dim - start < kStates ? p.state_dim - start : kStates);
+
+  // Behind the states a column of ones, then zeros: no copy writes there.
+  for (int i = thread; i < kFirstStages * rows; i += kThreads) {
+    float* const row = memory + i / rows * stage_size + rows * kGradStride + i % rows * kStride;
+    for (int c = columns < 0 ? 0 : columns; c < kStates; ++c) row[c] = c == columns ? 1 : 0;
+  }
+  StateRows states(p.states, begin + warp);
+  const auto fetch = [&](int64_t n) {
+    float* const grad = memory + n % kFirstStages * stage_size;
+    const int64_t first = begin + n * rows;
+    for (int i = thread; i < rows * (kColumns / 4); i += kThreads) {
+      const int r = i / (kColumns / 4), c = i % (kColumns / 4) * 4;
+      copy_async(grad + r * kGradStride + c, p.grad_activations + (first + r) * kColumns + c, first + r < end);
+    }
+    for (int r = warp; r < rows; r += kWarps, ++states) {
+      float* const to = grad + rows * kGradStride + r * kStride;
+      const float* const from = *states + start;
+      if (width == 4) {
+        copy_states<4>(to, from, columns, first + r < end, lane);
+      } else if (width == 2) {
+        copy_states<2>(to, from, columns, first + r < end, lane);
+      } else {
+        copy_states<1>(to, from, columns, first + r < end, lane);
+      }
+    }
+  };
+  for (int n = 0; n < kFirstStages - 1; ++n) {
+    if (n < tiles) fetch(n);
+    end_copies();
+  }
+
+  // Tile i of 16 columns of G has as its rows g columns 2 g, as its rows g + 8 columns 2 g + 1; a pair of tiles of 8
+  // states has in its first the even ones, in its second the odd ones. So two operands are one load.
+  float c[kGradTiles][kTiles][4] = {};
+  const int grad_column = warp % kGradWarps * (16 * kGradTiles), state_column = warp / kGradWarps * (8 * kTiles);
+  for (int64_t n = 0; n < tiles; ++n) {
+    copies_arrived<kFirstStages - 2>();
+    __syncthreads();
+    if (n + kFirstStages - 1 < tiles) fetch(n + kFirstStages - 1);
+    end_copies();
+    const float* const grad = memory + n % kFirstStages * stage_size + t * kGradStride + grad_column + 2 * g;
+    const float* const state = memory + n % kFirstStages * stage_size + rows * kGradStride + t * kStride + state_column;
+    const int64_t left = end - begin - n * rows;
+    const int steps = static_cast<int>((left < rows ? left : rows) + kStep - 1) / kStep;
+    for (int step = 0; step < steps; ++step) {
+      const float* const grad_step = grad + step * kStep * kGradStride;
+      const float* const state_step = state + step * kStep * kStride;
+      FragmentA<kFull> a[kGradTiles];
+#pragma unroll
+      for (int i = 0; i < kGradTiles; ++i) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const float2 pair = *reinterpret_cast<const float2*>(grad_step + 4 * k * kGradStride + 16 * i);
+          a[i].set(2 * k, Operand<kFull>::of(pair.x));
+          a[i].set(2 * k + 1, Operand<kFull>::of(pair.y));
+        }
+      }
+#pragma unroll
+      for (int j = 0; j + 1 < kTiles; j += 2) {
+        const float2 x0 = *reinterpret_cast<const float2*>(state_step + 8 * j + 2 * g);
+        const float2 x1 = *reinterpret_cast<const float2*>(state_step + 4 * kStride + 8 * j + 2 * g);
+        const auto even0 = Operand<kFull>::of(x0.x), even1 = Operand<kFull>::of(x1.x);
+        const auto odd0 = Operand<kFull>::of(x0.y), odd1 = Operand<kFull>::of(x1.y);
+#pragma unroll
+        for (int i = 0; i < kGradTiles; ++i) {
+          multiply(c[i][j], a[i], even0, even1);
+          multiply(c[i][j + 1], a[i], odd0, odd1);
+        }
+      }
+      if constexpr (kTiles % 2 == 1) {
+        const float* const last = state_step + 8 * (kTiles - 1) + g;
+        const auto b0 = Operand<kFull>::of(last[0]), b1 = Operand<kFull>::of(last[4 * kStride]);
+#pragma unroll
+        for (int i = 0; i < kGradTiles; ++i) multiply(c[i][kTiles - 1], a[i], b0, b1);
+      }
+    }
+  }
+
+  const int stride = cut.columns();
+  float* const part = p.parts + cut.first_parts_at + blockIdx.y * cut.first_size + start + state_column;
+#pragma unroll
+  for (int i = 0; i < kGradTiles; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float* const to = part + (grad_column + 16 * i + 2 * g + half) * stride;
+#pragma unroll
+      for (int j = 0; j + 1 < kTiles; j += 2) {
+        const float(&even)[4] = c[i][j], (&odd)[4] = c[i][j + 1];
+        *reinterpret_cast<float4*>(to + 8 * j + 4 * t) =
+            make_float4(even[2 * half], odd[2 * half], even[2 * half + 1], odd[2 * half + 1]);
+      }
+      if constexpr (kTiles % 2 == 1) {
+        const float(&last)[4] = c[i][kTiles - 1];
+        *reinterpret_cast<float2*>(to + 8 * (kTiles - 1) + 2 * t) = make_float2(last[2 * half], last[2 * half + 1]);
+      }
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------- sums of the parts
+
+// Entry i of a part of the second layer: [A + 1, 32, 64] weights, [A + 1, 32] biases, [32] and [1] of V's output layer.
+__device__ void store_second(const Problem& p, int64_t i, float value) {
+  const MonotonicWeights<float>& to = p.gradients;
+  const int64_t units = p.agents + 1;
+  if (i < units * kMatrix) {
+    const int64_t unit = i / kMatrix, e = i % kMatrix / kHidden, h = i % kHidden;
+    if (e >= p.embed || h >= p.hidden) return;
+    (unit == p.agents ? to.w2_weight + e * p.hidden : to.w1_weight + (unit * p.embed + e) * p.hidden)[h] = value;
+    return;
+  }
+  i -= units * kMatrix;
+  if (i < units * kEmbed) {
+    const int64_t unit = i / kEmbed, e = i % kEmbed;
+    if (e < p.embed) (unit == p.agents ? to.w2_bias : to.w1_bias + unit * p.embed)[e] = value;
+    return;
+  }
+  i -= units * kEmbed;
+  if (i < p.embed) to.v_weight[i] = value;
+  if (i == kEmbed) to.v_bias[0] = value;
+}
+
+// Entry (row, column) of the first layer's gradient.
+__device__ void store_first(const Problem& p, int row, int64_t column, float value) {
+  const MonotonicWeights<float>& to = p.gradients;
+  const bool hidden = row < kMix;
+  const int within = row % (hidden ? kHidden : kEmbed);
+  if (within >= (hidden ? p.hidden : p.embed) || column > p.state_dim) return;
+  float* const weight = row < kHidden2 ? to.w1_hidden_weight
+                        : hidden       ? to.w2_hidden_weight
+                        : row < kV     ? to.b1_weight
+                                       : to.v_hidden_weight;
+  float* const bias = row < kHidden2 ? to.w1_hidden_bias
+                      : hidden       ? to.w2_hidden_bias
+                      : row < kV     ? to.b1_bias
+                                     : to.v_hidden_bias;
+  if (column == p.state_dim) {
+    bias[within] = value;
+  } else {
+    weight[within * p.state_dim + column] = value;
+  }
+}
+
+// Each lane of a block has four entries, each warp every eighth part.
+__global__ void __launch_bounds__(kThreads) add_parts_kernel(const Problem p, const Cut cut) {
+  __shared__ float4 sums[kWarps][kWarp];
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  constexpr int kEntries = 4 * kWarp;
+  const int64_t second_blocks = (cut.second_size + kEntries - 1) / kEntries;
+  const bool is_second = blockIdx.x < second_blocks;
+  const int64_t size = is_second ? cut.second_size : cut.first_size;
+  const int64_t entry = (is_second ? blockIdx.x : blockIdx.x - second_blocks) * kEntries + 4 * lane;
+  const int parts = is_second ? cut.second_parts : cut.first_parts;
+  const float* const from = p.parts + (is_second ? 0 : cut.first_parts_at) + entry;
+  float4 sum = {};
+  if (entry < size) {
+#pragma unroll 4
+    for (int part = warp; part < parts; part += kWarps) {
+      const float4 x = *reinterpret_cast<const float4*>(from + part * size);
+      sum.x += x.x;
+      sum.y += x.y;
+      sum.z += x.z;
+      sum.w += x.w;
+    }
+  }
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp != 0 || entry >= size) return;
+  for (int i = 1; i < kWarps; ++i) {
+    sum.x += sums[i][lane].x;
+    sum.y += sums[i][lane].y;
+    sum.z += sums[i][lane].z;
+    sum.w += sums[i][lane].w;
+  }
+  const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (is_second) {
+      store_second(p, entry + i, values[i]);
+    } else {
+      store_first(p, static_cast<int>(entry / cut.columns()), entry % cut.columns() + i, values[i]);
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------- launches
+
+constexpr int kMostAgents = 10, kMostAgentsFull = 8;  // more of them and registers do not suffice
+constexpr int kSlotChoices[] = {3, 5, 8, 10};
+constexpr int kTileChoices[] = {2, 4, 7, 11};
+
+int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+int second_row_floats(int slots) { return 256 + 3 * (slots + 1); }
+int first_row_floats(int tiles) { return kGradStride + 16 * tiles + 8; }
+
+// One block for every multiprocessor, of which `blocks` share the same rows.
+int parts(int64_t rows, int64_t blocks, const Device& device) {
+  const int64_t wanted = ceil_div(rows, kFewestRows), most = device.multiprocessors / blocks;
+  return static_cast<int>(wanted < 1 || most < 1 ? 1 : wanted < most ? wanted : most);
+}
+
+int tile_rows(int most, int multiple, int stages, int row_floats, const Device& device) {
+  const int fit = device.shared_memory / (stages * row_floats * static_cast<int>(sizeof(float))) / multiple * multiple;
+  return fit < most ? fit : most;
+}
+
+Cut cut_up(const MonotonicCudaShape& s, const Device& device) {
+  Cut cut;
+  cut.groups = static_cast<int>(ceil_div(s.agents, s.full_precision ? kMostAgentsFull : kMostAgents));
+  cut.agents = static_cast<int>(ceil_div(s.agents, cut.groups));
+  cut.slots = *std::find_if(std::begin(kSlotChoices), std::end(kSlotChoices), [&](int slots) { return slots >= cut.agents; });
+  cut.second_parts = parts(s.rows, cut.groups, device);
+  cut.second_rows = tile_rows(64, 2 * kStep, kSecondStages, second_row_floats(cut.slots), device);
+  cut.second_size = (s.agents + 1) * (kMatrix + kEmbed) + kEmbed + 4;
+
+  // Columns of padding cost products; another block cost about as much as four tiles of them, as it reads G again.
+  int64_t least = 0;
+  for (const int tiles : kTileChoices) {
+    const int64_t blocks = ceil_div(s.state_dim + 1, 16 * tiles), cost = blocks * (tiles + 4);
+    if (least == 0 || cost < least) {
+      least = cost;
+      cut.tiles = tiles;
+      cut.blocks = static_cast<int>(blocks);
+    }
+  }
+  cut.first_parts = parts(s.rows, cut.blocks, device);
+  cut.first_rows = tile_rows(32, kStep, kFirstStages, first_row_floats(cut.tiles), device);
+  cut.first_size = int64_t{kColumns} * cut.columns();
+  cut.first_parts_at = cut.second_parts * cut.second_size;
+  return cut;
+}
+
+template <class... Args>
+const char* launch(void (*kernel)(Args...), dim3 grid, int shared_floats, void* stream, Args... args) {
+  const auto bytes = static_cast<int>(shared_floats * sizeof(float));
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess) {
+    kernel<<<grid, kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(args...);
+  }
+  return launched();
+}
+
+template <bool kFull>
+const char* second_layer(const Problem& p, const Cut& cut, void* stream) {
+  const int tiles = kSecondStages * cut.second_rows * second_row_floats(cut.slots);
+  const int sums = (cut.slots + 1) * (kMatrix + kEmbed) + kWarps * (kEmbed + 1);
+  const auto kernel = cut.slots == 3   ? second_layer_kernel<3, kFull>
+                      : cut.slots == 5 ? second_layer_kernel<5, kFull>
+                      : cut.slots == 8 ? second_layer_kernel<8, kFull>
+                                       : second_layer_kernel<kFull ? 8 : 10, kFull>;
+  return launch(kernel, dim3(cut.second_parts, cut.groups), tiles > sums ? tiles : sums, stream, p, cut);
+}
+
+// Floats of the states that one copy can take.
+int copy_width(const StridedRows<float>& states, int64_t columns) {
+  const auto fits = [&](int64_t width) {
+    return reinterpret_cast<uintptr_t>(states.data) % (width * sizeof(float)) == 0 && columns % width == 0 &&
+           states.outer_stride % width == 0 && states.inner_stride % width == 0;
+  };
+  return fits(4) ? 4 : fits(2) ? 2 : 1;
+}
+
+template <bool kFull>
+const char* first_layer(const Problem& p, const Cut& cut, void* stream) {
+  const auto kernel = cut.tiles == 2   ? first_layer_kernel<2, kFull>
+                      : cut.tiles == 4 ? first_layer_kernel<4, kFull>
+                      : cut.tiles == 7 ? first_layer_kernel<7, kFull>
+                                       : first_layer_kernel<11, kFull>;
+  return launch(kernel, dim3(cut.blocks, cut.first_parts), kFirstStages * cut.first_rows * first_row_floats(cut.tiles),
+                stream, p, cut, copy_width(p.states, p.state_dim));
+}
+
+}  // namespace
+
+int64_t monotonic_parts_cuda(const MonotonicCudaShape& s) { return cut_up(s, current_device()).size(); }
+
+const char* monotonic_backward_weights_cuda(const MonotonicBackwardWeightsCuda& p, void* stream) {
+  const Device& device = current_device();
+  if (device.capability < 80) return "it needs a GPU of compute capability 8.0 or above";
+  const Cut cut = cut_up(p, device);
+  if (const char* error = (p.full_precision ? second_layer<true> : second_layer<false>)(p, cut, stream)) return error;
+  if (const char* error = (p.full_precision ? first_layer<true> : first_layer<false>)(p, cut, stream)) return error;
+  constexpr int kEntries = 4 * kWarp;
+  const int64_t blocks = ceil_div(cut.second_size, kEntries) + ceil_div(cut.first_size, kEntries);
+  add_parts_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, cut);
+  return launched();
+}
+
+}  // namespace fastmix
