@@ -82,9 +82,74 @@ void backward(const MonotonicShape& s, const Rows& agent_qs, const Rows& states,
   FASTMIX_DISPATCH(monotonic_backward, p);
 }
 
+#if defined(FASTMIX_CUDA)
+void raise(const char* error) {
+  if (error != nullptr) throw std::runtime_error(std::string("monotonic: launch on CUDA failed: ") + error);
+}
+
+MonotonicCudaShape cuda_shape(const MonotonicShape& s, bool full_precision) {
+  check(s.hidden >= 1 && s.hidden <= kMonotonicHidden, "on CUDA the hypernets must have hidden layers of at most 64");
+  check(s.embed <= kMonotonicEmbed, "on CUDA embed must be at most 32");
+  check(s.positivity == Positivity::abs || s.positivity == Positivity::none, "on CUDA positivity must be abs or none");
+  return {s.rows, s.agents, s.embed, s.hidden, s.state_dim, s.positivity, full_precision};
+}
+
+// A dense buffer that kernels read in pieces of up to 16 bytes.
+template <class T>
+T* buffer(Address address, int64_t elements, const char* name) {
+  if (address % 16 != 0) throw std::invalid_argument(std::string(name) + " is not aligned to 16 bytes");
+  return pointer<T>(address, elements, name);
+}
+
+// The last argument is the stream, a cudaStream_t as an integer.
+void register_cuda(py::module_& m) {
+  m.def(
+      "monotonic_packed", [](int64_t agents, int64_t state_dim) { return monotonic_packed(agents, state_dim).total; },
+      "Floats of packed parameters.");
+  m.def("monotonic_pack_cuda",
+        [](const Addresses& parameters, Address packed, const Sizes& sizes, bool full_precision, Address stream) {
+          const MonotonicShape s = shape(sizes, 0, 1, 1);
+          const MonotonicPackCuda p{cuda_shape(s, full_precision), weights<const float>(parameters, s),
+                                    buffer<float>(packed, 1, "packed")};
+          raise(monotonic_pack_cuda(p, reinterpret_cast<void*>(stream)));
+        });
+  m.def("monotonic_forward_cuda",
+        [](const Rows& agent_qs, const Rows& states, Address packed, Address q_tot, Address activations,
+           const Sizes& sizes, int positivity, bool full_precision, Address stream) {
+          const MonotonicCudaShape s = cuda_shape(shape(sizes, positivity, 1, 1), full_precision);
+          check(states[4] == 1, "states must be dense in their last dimension");
+          const MonotonicForwardCuda p{s,
+                                       strided<float>(agent_qs, s.rows, "agent_qs"),
+                                       strided<float>(states, s.rows, "states"),
+                                       buffer<const float>(packed, 1, "packed"),
+                                       pointer<float>(q_tot, s.rows, "q_tot"),
+                                       buffer<float>(activations, 0, "activations")};
+          raise(monotonic_forward_cuda(p, reinterpret_cast<void*>(stream)));
+        });
+  m.def("monotonic_backward_rows_cuda",
+        [](const Rows& agent_qs, Address packed, Address grad_q_tot, Address activations, Address grad_agent_qs,
+           Address grad_activations, Address signs, const Sizes& sizes, int positivity, bool full_precision,
+           Address stream) {
+          const MonotonicCudaShape s = cuda_shape(shape(sizes, positivity, 1, 1), full_precision);
+          const MonotonicBackwardRowsCuda p{s,
+                                            strided<float>(agent_qs, s.rows, "agent_qs"),
+                                            buffer<const float>(packed, 1, "packed"),
+                                            pointer<const float>(grad_q_tot, s.rows, "grad_q_tot"),
+                                            buffer<const float>(activations, s.rows, "activations"),
+                                            pointer<float>(grad_agent_qs, 0, "grad_agent_qs"),
+                                            buffer<float>(grad_activations, s.rows, "grad_activations"),
+                                            buffer<uint32_t>(signs, s.rows, "signs")};
+          raise(monotonic_backward_rows_cuda(p, reinterpret_cast<void*>(stream)));
+        });
+}
+#endif
+
 }  // namespace
 
 void register_monotonic(py::module_& m) {
+#if defined(FASTMIX_CUDA)
+  register_cuda(m);
+#endif
   m.def(
       "monotonic_saved",
       [](int64_t agents, int64_t embed, int64_t hidden, bool is_double) {
