@@ -101,6 +101,19 @@ T* buffer(Address address, int64_t elements, const char* name) {
   return pointer<T>(address, elements, name);
 }
 
+// Gradients that lie one behind the other, in the order of the parameters.
+Addresses addresses_from(Address first, const MonotonicCudaShape& s) {
+  const int64_t hidden = s.hidden * s.state_dim, direct = s.embed * s.state_dim, generated = s.agents * s.embed;
+  const std::array<int64_t, 14> sizes = {hidden,  s.hidden, generated * s.hidden, generated, hidden,  s.hidden, s.embed * s.hidden,
+                                         s.embed, direct,   s.embed,              direct,    s.embed, s.embed,  1};
+  Addresses result;
+  for (size_t i = 0; i < result.size(); ++i) {
+    result[i] = first;
+    first += static_cast<Address>(sizes[i]) * sizeof(float);
+  }
+  return result;
+}
+
 // The last argument is the stream, a cudaStream_t as an integer.
 void register_cuda(py::module_& m) {
   m.def(
@@ -140,6 +153,31 @@ void register_cuda(py::module_& m) {
                                             buffer<float>(grad_activations, s.rows, "grad_activations"),
                                             buffer<uint32_t>(signs, s.rows, "signs")};
           raise(monotonic_backward_rows_cuda(p, reinterpret_cast<void*>(stream)));
+        });
+  m.def(
+      "monotonic_parts_cuda",
+      [](const Sizes& sizes, bool full_precision, Address) {
+        return monotonic_parts_cuda(cuda_shape(shape(sizes, 0, 1, 1), full_precision));
+      },
+      "Floats that monotonic_backward_weights_cuda works with on the current device.");
+  m.def("monotonic_backward_weights_cuda",
+        [](const Rows& agent_qs, const Rows& states, Address grad_q_tot, Address activations, Address grad_activations,
+           Address signs, Address parts, int64_t parts_size, Address gradients, const Sizes& sizes, int positivity,
+           bool full_precision, Address stream) {
+          const MonotonicShape s = shape(sizes, positivity, 1, 1);
+          const MonotonicCudaShape on_cuda = cuda_shape(s, full_precision);
+          check(states[4] == 1, "states must be dense in their last dimension");
+          check(parts_size >= monotonic_parts_cuda(on_cuda), "parts are too few for this device");
+          const MonotonicBackwardWeightsCuda p{on_cuda,
+                                               strided<float>(agent_qs, s.rows, "agent_qs"),
+                                               strided<float>(states, s.rows, "states"),
+                                               pointer<const float>(grad_q_tot, s.rows, "grad_q_tot"),
+                                               buffer<const float>(activations, s.rows, "activations"),
+                                               buffer<const float>(grad_activations, s.rows, "grad_activations"),
+                                               buffer<const uint32_t>(signs, s.positivity == Positivity::abs ? s.rows : 0, "signs"),
+                                               buffer<float>(parts, parts_size, "parts"),
+                                               weights<float>(addresses_from(gradients, on_cuda), s)};
+          raise(monotonic_backward_weights_cuda(p, reinterpret_cast<void*>(stream)));
         });
 }
 #endif

@@ -14,9 +14,6 @@
 // Parts follow from the sizes and the number of multiprocessors alone and are added in a fixed order, so every run gives
 // the same bits. Operands come to shared memory by asynchronous copies some tiles ahead. Rows of a tile are 8 (modulo
 // 32) floats apart there: what the lanes of a fragment (mma.cuh) read, four rows of eight columns, falls into 32 banks.
-#include <algorithm>
-#include <iterator>
-
 #include "cuda/launch.cuh"
 #include "cuda/mma.cuh"
 #include "fastmix/monotonic.h"
@@ -85,14 +82,24 @@ __device__ __forceinline__ void multiply(float (&c)[4], const FragmentA<kFull>& 
   mma_tf32(c, a.high, b0.high, b1.high);
 }
 
-// Where a row begins; a division only where the rows do come in groups, and of 64 bits, which take a hundred
-// instructions, only where it must be.
-__device__ __forceinline__ const float* row_of(const StridedRows<float>& rows, int64_t row) {
-  if (row < rows.inner) return rows.data + row * rows.inner_stride;
-  const int64_t group = (row | rows.inner) >> 32 == 0 ? static_cast<uint32_t>(row) / static_cast<uint32_t>(rows.inner)
-                                                      : row / rows.inner;
-  return rows.data + group * rows.outer_stride + (row - group * rows.inner) * rows.inner_stride;
-}
+// Row by row, where each begins; only the first one takes a division.
+class Walk {
+ public:
+  __device__ __forceinline__ Walk(const StridedRows<float>& rows, int64_t row) : rows_(rows) {
+    const int64_t group = row < rows.inner ? 0 : row / rows.inner;
+    group_ = rows.data + group * rows.outer_stride;
+    row_ = row - group * rows.inner;
+  }
+  __device__ __forceinline__ const float* operator*() const { return group_ + row_ * rows_.inner_stride; }
+  __device__ __forceinline__ void advance(int rows) {
+    for (row_ += rows; row_ >= rows_.inner; row_ -= rows_.inner) group_ += rows_.outer_stride;
+  }
+
+ private:
+  const StridedRows<float>& rows_;
+  const float* group_;
+  int64_t row_;
+};
 
 // -------------------------------------------------------------------------------------------------- the second layer
 
@@ -105,11 +112,11 @@ struct SecondTile {
   static constexpr int kHiddenStride = kHidden + 8, kEmbedStride = kEmbed + 8;
   static constexpr int kRow = 2 * kHiddenStride + 2 * kEmbedStride + kEmbed + 3 * kUnits;  // floats of a row
 
-  float *h1, *h2;           // [rows, 64]
-  float *grad_mix, *mix;    // [rows, 32]
-  float* v;                 // [rows, 32]
-  float2* scales;           // [rows, kUnits]: the agent's value, for w2 the gradient of the row; word of slopes -1
-  float* positive;          // [rows, kUnits]: word of slopes 1
+  float *h1, *h2;         // [rows, 64]
+  float *grad_mix, *mix;  // [rows, 32]
+  float* v;               // [rows, 32]
+  float2* scales;         // [rows, kUnits]: the agent's value, for w2 the gradient of the row; word of slopes -1
+  float* positive;        // [rows, kUnits]: word of slopes 1
 
   __device__ __forceinline__ SecondTile(float* memory, int rows)
       : h1(memory),
@@ -122,122 +129,163 @@ struct SecondTile {
 };
 
 // What a block of the second layer does.
-template <int kSlots>
 struct SecondWork {
-  static constexpr int kUnits = kSlots + 1;
-
-  const Problem& p;
-  int rows;            // of a tile
   int64_t begin, end;  // rows of the part
   int first, agents;   // agents of the group
   bool has_w2;         // the last group has w2 and V's output layer as well
 
-  __device__ SecondWork(const Problem& problem, const Cut& cut)
-      : p(problem),
-        rows(cut.second_rows),
-        begin(first_row(p.rows, static_cast<int>(blockIdx.x), cut.second_parts)),
+  __device__ SecondWork(const Problem& p, const Cut& cut)
+      : begin(first_row(p.rows, static_cast<int>(blockIdx.x), cut.second_parts)),
         end(first_row(p.rows, static_cast<int>(blockIdx.x) + 1, cut.second_parts)),
         first(static_cast<int>(blockIdx.y) * cut.agents),
         agents(min(cut.agents, static_cast<int>(p.agents) - first)),
         has_w2(blockIdx.y + 1 == gridDim.y) {}
+};
 
-  __device__ __forceinline__ bool has(int unit) const { return unit == kSlots ? has_w2 : unit < agents; }
-  __device__ __forceinline__ int64_t unit(int i) const { return i == kSlots ? p.agents : first + i; }
+// Queues copies of one tile after the other, zeros where there is no row or no such unit. A thread copies the same
+// columns of every so manieth row, so that it goes on from address to address.
+template <int kSlots>
+class SecondFetch {
+  using Tile = SecondTile<kSlots>;
+  static constexpr int kUnits = Tile::kUnits;
+  // Threads of a row, and rows that all threads together take at a time.
+  static constexpr int kHiddenThreads = kHidden / 4, kHiddenRows = kThreads / kHiddenThreads;
+  static constexpr int kEmbedThreads = kEmbed / 4, kEmbedRows = kThreads / kEmbedThreads;
+  static constexpr int kUnitThreads = kUnits <= 4 ? 4 : 8, kUnitRows = kThreads / kUnitThreads;
+  static_assert(kUnits <= 8);
 
-  // Queues copies of tile `n`; zeros where there is no row or no such unit.
-  __device__ void fetch(const SecondTile<kSlots>& to, int64_t n) const {
-    constexpr int kHiddenStride = SecondTile<kSlots>::kHiddenStride, kEmbedStride = SecondTile<kSlots>::kEmbedStride;
-    const int thread = static_cast<int>(threadIdx.x);
-    const int64_t start = begin + n * rows;
-    for (int r = thread / (kHidden / 4), c = thread % (kHidden / 4) * 4; r < rows; r += kThreads / (kHidden / 4)) {
-      const bool inside = start + r < end;
-      const float* const from = p.activations + (start + r) * kColumns + c;
-      copy_async(to.h1 + r * kHiddenStride + c, from, inside);
-      if (has_w2) copy_async(to.h2 + r * kHiddenStride + c, from + kHidden2, inside);
-    }
-    for (int r = thread / (kEmbed / 4), c = thread % (kEmbed / 4) * 4; r < rows; r += kThreads / (kEmbed / 4)) {
-      const bool inside = start + r < end;
-      const int64_t row = (start + r) * kColumns + c;
-      copy_async(to.grad_mix + r * kEmbedStride + c, p.grad_activations + row + kMix, inside);
-      if (has_w2) {
-        copy_async(to.mix + r * kEmbedStride + c, p.activations + row + kMix, inside);
-        copy_async(to.v + r * kEmbed + c, p.activations + row + kV, inside);
-      }
-    }
-    const bool has_signs = p.positivity == Positivity::abs;
-    for (int i = thread; i < rows * kUnits; i += kThreads) {
-      const int r = i / kUnits, u = i % kUnits;
-      const int64_t row = start + r;
-      const bool inside = row < end && has(u);
-      const float* scale = p.grad_q_tot;
-      const uint32_t* signs = p.signs;
-      if (inside) {
-        scale = u == kSlots ? p.grad_q_tot + row : row_of(p.agent_qs, row) + unit(u) * p.agent_qs.column_stride;
-        signs += (row * (p.agents + 1) + unit(u)) * 2;
-      }
-      float* const pair = reinterpret_cast<float*>(to.scales + i);
-      copy_async<4>(pair, scale, inside);
-      copy_async<4>(pair + 1, reinterpret_cast<const float*>(signs + 1), inside && has_signs);
-      copy_async<4>(to.positive + i, reinterpret_cast<const float*>(signs), inside && has_signs);
-    }
+ public:
+  __device__ SecondFetch(const Problem& p, const SecondWork& work, int rows)
+      : p_(p),
+        rows_(rows),
+        left_(work.end - work.begin),
+        has_w2_(work.has_w2),
+        thread_(static_cast<int>(threadIdx.x)),
+        hidden_(p.activations + (work.begin + thread_ / kHiddenThreads) * kColumns + thread_ % kHiddenThreads * 4),
+        embed_((work.begin + thread_ / kEmbedThreads) * kColumns + kMix + thread_ % kEmbedThreads * 4),
+        qs_(p.agent_qs, work.begin + thread_ / kUnitThreads),
+        row_(work.begin + thread_ / kUnitThreads) {
+    const int u = thread_ % kUnitThreads;
+    has_unit_ = u < work.agents || (u == kSlots && has_w2_);
+    is_w2_ = u == kSlots;
+    unit_ = is_w2_ ? p.agents : work.first + u;
   }
 
-  // Whether one of the slopes that this thread copied is 0: then neither word has its bit.
-  __device__ bool brought_zero(const SecondTile<kSlots>& tile, int64_t n) const {
+  __device__ __forceinline__ void next(const Tile& to) {
+    const int left = static_cast<int>(left_ < rows_ ? left_ : rows_);
+    const float* hidden = hidden_;
+    for (int r = thread_ / kHiddenThreads; r < rows_; r += kHiddenRows, hidden += kHiddenRows * kColumns) {
+      const int at = r * Tile::kHiddenStride + thread_ % kHiddenThreads * 4;
+      copy_async(to.h1 + at, hidden, r < left);
+      if (has_w2_) copy_async(to.h2 + at, hidden + kHidden2, r < left);
+    }
+    const float *kept = p_.activations + embed_, *grads = p_.grad_activations + embed_;
+    for (int r = thread_ / kEmbedThreads; r < rows_; r += kEmbedRows) {
+      const int c = thread_ % kEmbedThreads * 4, at = r * Tile::kEmbedStride + c;
+      copy_async(to.grad_mix + at, grads, r < left);
+      if (has_w2_) {
+        copy_async(to.mix + at, kept, r < left);
+        copy_async(to.v + r * kEmbed + c, kept + (kV - kMix), r < left);
+      }
+      kept += kEmbedRows * kColumns;
+      grads += kEmbedRows * kColumns;
+    }
+    const bool has_signs = p_.positivity == Positivity::abs;
+    Walk qs = qs_;
+    for (int r = thread_ / kUnitThreads; r < rows_; r += kUnitRows, qs.advance(kUnitRows)) {
+      const int i = r * kUnits + thread_ % kUnitThreads;
+      const bool inside = r < left && has_unit_;
+      const int64_t row = row_ + (r - thread_ / kUnitThreads);
+      const float* const scale = is_w2_ ? p_.grad_q_tot + row : *qs + unit_ * p_.agent_qs.column_stride;
+      const float* const signs = reinterpret_cast<const float*>(p_.signs + (row * (p_.agents + 1) + unit_) * 2);
+      if (thread_ % kUnitThreads < kUnits) {
+        float* const pair = reinterpret_cast<float*>(to.scales + i);
+        copy_async<4>(pair, scale, inside);
+        copy_async<4>(pair + 1, signs + 1, inside && has_signs);
+        copy_async<4>(to.positive + i, signs, inside && has_signs);
+      }
+    }
+    left_ -= rows_;
+    hidden_ += rows_ * kColumns;
+    embed_ += rows_ * kColumns;
+    row_ += rows_;
+    qs_.advance(rows_);
+  }
+
+  // Whether one of the slopes that this thread copied to a tile, of `left` rows, is 0: then neither word has its bit.
+  __device__ __forceinline__ bool brought_zero(const Tile& tile, int64_t left) const {
     bool found = false;
-    if (p.positivity == Positivity::abs) {
-      const uint32_t all = 0xffffffffu >> (kEmbed - p.embed);
-      for (int i = static_cast<int>(threadIdx.x); i < rows * kUnits; i += kThreads) {
-        if (begin + n * rows + i / kUnits < end && has(i % kUnits)) {
-          found |= (__float_as_uint(tile.scales[i].y) | __float_as_uint(tile.positive[i]) | ~all) != 0xffffffffu;
-        }
+    if (p_.positivity == Positivity::abs && has_unit_) {
+      const uint32_t none = ~(0xffffffffu >> (kEmbed - p_.embed));
+      const int u = thread_ % kUnitThreads;
+      for (int r = thread_ / kUnitThreads; r < rows_ && r < left; r += kUnitRows) {
+        const int i = r * kUnits + u;
+        found |= (__float_as_uint(tile.scales[i].y) | __float_as_uint(tile.positive[i]) | none) != 0xffffffffu;
       }
     }
     return found;
   }
+
+ private:
+  const Problem& p_;
+  int rows_;
+  int64_t left_;
+  bool has_w2_;
+  int thread_;
+  const float* hidden_;
+  int64_t embed_;
+  Walk qs_;
+  int64_t row_, unit_;
+  bool has_unit_, is_w2_;
 };
 
-// What a lane holds. Tile i of 16 units of the hidden layer has as its rows g units 4 g + i, as its rows g + 8 units
-// 32 + 4 g + i: a lane's operands are neighbours in memory, and so are its results.
+// What a lane holds. Tile i of 16 hidden units has as its rows g units 2 g, as its rows g + 8 units 2 g + 1: so two
+// operands of a lane are neighbours in memory, and so are two results.
 template <int kUnits>
 struct SecondSums {
   float weight[kUnits][4][4] = {}, bias[kUnits] = {};
   float v_weight = 0, v_bias = 0;
 };
 
-// Rows t and t + 4 of a step, as operand A of the four tiles; `from` is unit 4 g of row t.
+// Rows t and t + 4 of a step, columns 2 g and 2 g + 1 of 16, as operand A; `from` is column 2 g of row t. Operands that
+// a lane loads together must be such that the instruction wants in neighbouring registers, or each is moved once more.
+template <bool kFull>
+__device__ __forceinline__ void load_a(FragmentA<kFull>& a, const float* from, int stride, bool rounded) {
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const float2 pair = *reinterpret_cast<const float2*>(from + 4 * k * stride);
+    a.set(2 * k, Operand<kFull>::of(pair.x, rounded));
+    a.set(2 * k + 1, Operand<kFull>::of(pair.y, rounded));
+  }
+}
+
 template <bool kFull>
 __device__ __forceinline__ void load_hidden(FragmentA<kFull> (&a)[4], const float* from, int stride) {
 #pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    const float4 lower = *reinterpret_cast<const float4*>(from + 4 * k * stride);
-    const float4 upper = *reinterpret_cast<const float4*>(from + 4 * k * stride + kHidden / 2);
-    const float values[2][4] = {{lower.x, lower.y, lower.z, lower.w}, {upper.x, upper.y, upper.z, upper.w}};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      a[i].set(2 * k, Operand<kFull>::of(values[0][i], true));
-      a[i].set(2 * k + 1, Operand<kFull>::of(values[1][i], true));
-    }
-  }
+  for (int i = 0; i < 4; ++i) load_a(a[i], from + 16 * i, stride, true);
 }
 
 // `x` times scale and slope.
 template <bool kZeros>
 __device__ __forceinline__ float scaled(float x, const float2& scale, const float* positive, int column) {
   const uint32_t negative = __float_as_uint(scale.y);
-  const float value = x * scale.x;
-  if (kZeros && (((negative | __float_as_uint(*positive)) >> column) & 1) == 0) return 0;
+  float value = x * scale.x;
+  if (kZeros && (((negative | __float_as_uint(*positive)) >> column) & 1) == 0) value *= 0;
   return __uint_as_float(__float_as_uint(value) ^ (negative << (31 - column) & 0x80000000u));
 }
 
-__device__ __forceinline__ float elu(float x) { return x > 0 ? x : expm1f(x); }
+// Without a branch, so that it may overlap with what else there is to do.
+__device__ __forceinline__ float elu(float x) {
+  const float below = expm1f(x > 0 ? 0 : x);
+  return x > 0 ? x : below;
+}
 
-// The steps of a tile that fall to the warp. Units below `kSure` are always there.
-template <int kSlots, bool kFull, bool kZeros>
+// The steps of a tile that fall to the warp. `kZeros`: a slope may be 0.
+template <int kSlots, bool kFull, bool kHasW2, bool kZeros>
 __device__ __forceinline__ void add_tile(SecondSums<kSlots + 1>& sums, const SecondTile<kSlots>& tile, int steps,
-                                         int agents, bool has_w2, int slice, int column, int g, int t) {
+                                         int slice, int column, int g, int t) {
   constexpr int kHiddenStride = SecondTile<kSlots>::kHiddenStride, kEmbedStride = SecondTile<kSlots>::kEmbedStride;
-  constexpr int kUnits = kSlots + 1, kSure = kSlots == 10 ? 8 : kSlots == 8 ? 5 : kSlots == 5 ? 3 : 0;
+  constexpr int kUnits = kSlots + 1;
   for (int step = slice; step < steps; step += 2) {
     const int row = step * kStep + t;
     const float2* const scales = tile.scales + row * kUnits;
@@ -251,15 +299,13 @@ __device__ __forceinline__ void add_tile(SecondSums<kSlots + 1>& sums, const Sec
       for (int i = 0; i < 4; ++i) multiply(sums.weight[u][i], a[i], b0, b1);
     };
     FragmentA<kFull> h[4];
-    load_hidden(h, tile.h1 + row * kHiddenStride + 4 * g, kHiddenStride);
+    load_hidden(h, tile.h1 + row * kHiddenStride + 2 * g, kHiddenStride);
     const float* const grad_mix = tile.grad_mix + row * kEmbedStride + column;
     const float grad0 = grad_mix[0], grad1 = grad_mix[4 * kEmbedStride];
 #pragma unroll
-    for (int u = 0; u < kSlots; ++u) {
-      if (u < kSure || u < agents) add(u, h, grad0, grad1);
-    }
-    if (has_w2) {
-      load_hidden(h, tile.h2 + row * kHiddenStride + 4 * g, kHiddenStride);
+    for (int u = 0; u < kSlots; ++u) add(u, h, grad0, grad1);
+    if constexpr (kHasW2) {
+      load_hidden(h, tile.h2 + row * kHiddenStride + 2 * g, kHiddenStride);
       const float* const mix = tile.mix + row * kEmbedStride + column;
       add(kSlots, h, elu(mix[0]), elu(mix[4 * kEmbedStride]));
     }
@@ -268,16 +314,13 @@ __device__ __forceinline__ void add_tile(SecondSums<kSlots + 1>& sums, const Sec
 
 // Adds the two slices of the rows, and leaves the block's part in memory.
 template <int kSlots>
-__device__ __forceinline__ void store_part(SecondSums<kSlots + 1>& sums, const SecondWork<kSlots>& work, float* memory,
-                                           float* part, int slice, int column, int g, int t) {
+__device__ __forceinline__ void store_part(SecondSums<kSlots + 1>& sums, const SecondWork& work, int64_t units,
+                                           float* memory, float* part, int slice, int column, int g, int t) {
   constexpr int kUnits = kSlots + 1, kHalf = kThreads / 2;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
-  float4* const weights = reinterpret_cast<float4*>(memory) + thread % kHalf;  // [kUnits, 4, kHalf]
+  float2* const weights = reinterpret_cast<float2*>(memory) + thread % kHalf;  // [kUnits, 4, 2, kHalf]
   float* const biases = memory + kUnits * kMatrix;                             // [kUnits, 32]
   float* const v = biases + kUnits * kEmbed;                                   // [kWarps, 33]
-  const auto quad = [&](int u, int c) -> float4 {
-    return {sums.weight[u][0][c], sums.weight[u][1][c], sums.weight[u][2][c], sums.weight[u][3][c]};
-  };
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
     sums.bias[u] += __shfl_xor_sync(kAllLanes, sums.bias[u], 1);
@@ -288,25 +331,32 @@ __device__ __forceinline__ void store_part(SecondSums<kSlots + 1>& sums, const S
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) weights[(u * 4 + c) * kHalf] = quad(u, c);
+      for (int i = 0; i < 4; ++i) {
+        const float(&sum)[4] = sums.weight[u][i];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) weights[((u * 4 + i) * 2 + c) * kHalf] = make_float2(sum[c], sum[2 + c]);
+      }
       if (t == 0) biases[u * kEmbed + column] = sums.bias[u];
     }
   }
   v[warp * (kEmbed + 1) + lane] = sums.v_weight;
   if (lane == 0) v[warp * (kEmbed + 1) + kEmbed] = sums.v_bias;
   __syncthreads();
-  const int64_t units = work.p.agents + 1;
   if (slice == 0) {
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      if (work.has(u)) {
-        const int64_t unit = work.unit(u);
+      if (u == kSlots ? work.has_w2 : u < work.agents) {
+        const int64_t unit = u == kSlots ? units - 1 : work.first + u;
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const float4 mine = quad(u, c), other = weights[(u * 4 + c) * kHalf];
-          const int e = column - g + 2 * t + c % 2, h = kHidden / 2 * (c / 2) + 4 * g;
-          *reinterpret_cast<float4*>(part + unit * kMatrix + e * kHidden + h) =
-              float4{mine.x + other.x, mine.y + other.y, mine.z + other.z, mine.w + other.w};
+        for (int i = 0; i < 4; ++i) {
+          const float(&sum)[4] = sums.weight[u][i];
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const float2 other = weights[((u * 4 + i) * 2 + c) * kHalf];
+            const int e = column - g + 2 * t + c;
+            *reinterpret_cast<float2*>(part + unit * kMatrix + e * kHidden + 16 * i + 2 * g) =
+                make_float2(sum[c] + other.x, sum[2 + c] + other.y);
+          }
         }
         if (t == 0) {
           part[units * kMatrix + unit * kEmbed + column] = sums.bias[u] + biases[u * kEmbed + column];
@@ -328,29 +378,38 @@ __global__ void __launch_bounds__(kThreads, 1) second_layer_kernel(const Problem
   extern __shared__ __align__(16) float memory[];
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int g = lane / 4, t = lane % 4, column = warp % 4 * 8 + g, slice = warp / 4;
-  const SecondWork<kSlots> work(p, cut);
-  const int rows = work.rows;
+  const SecondWork work(p, cut);
+  const int rows = cut.second_rows;
   const auto stage = [&](int64_t n) {
     return SecondTile<kSlots>(memory + n % kSecondStages * (rows * SecondTile<kSlots>::kRow), rows);
   };
   const int64_t tiles = (work.end - work.begin + rows - 1) / rows;
+  SecondFetch<kSlots> fetch(p, work, rows);
   for (int n = 0; n < kSecondStages - 1; ++n) {
-    if (n < tiles) work.fetch(stage(n), n);
+    if (n < tiles) fetch.next(stage(n));
     end_copies();
   }
   SecondSums<kSlots + 1> sums;
   for (int64_t n = 0; n < tiles; ++n) {
-    copies_arrived<kSecondStages - 2>();
     const SecondTile<kSlots> tile = stage(n);
-    const bool has_zero = __syncthreads_or(work.brought_zero(tile, n));
-    if (n + kSecondStages - 1 < tiles) work.fetch(stage(n + kSecondStages - 1), n + kSecondStages - 1);
-    end_copies();
     const int64_t left = work.end - work.begin - n * rows;
+    copies_arrived<kSecondStages - 2>();
+    const bool has_zero = __syncthreads_or(fetch.brought_zero(tile, left));
+    if (n + kSecondStages - 1 < tiles) fetch.next(stage(n + kSecondStages - 1));
+    end_copies();
     const int steps = static_cast<int>((left < rows ? left : rows) + kStep - 1) / kStep;
     if (has_zero) {
-      add_tile<kSlots, kFull, true>(sums, tile, steps, work.agents, work.has_w2, slice, column, g, t);
+      if (work.has_w2) {
+        add_tile<kSlots, kFull, true, true>(sums, tile, steps, slice, column, g, t);
+      } else {
+        add_tile<kSlots, kFull, false, true>(sums, tile, steps, slice, column, g, t);
+      }
     } else {
-      add_tile<kSlots, kFull, false>(sums, tile, steps, work.agents, work.has_w2, slice, column, g, t);
+      if (work.has_w2) {
+        add_tile<kSlots, kFull, true, false>(sums, tile, steps, slice, column, g, t);
+      } else {
+        add_tile<kSlots, kFull, false, false>(sums, tile, steps, slice, column, g, t);
+      }
     }
     if (work.has_w2) {
       for (int r = warp; r < rows; r += kWarps) {
@@ -360,7 +419,7 @@ __global__ void __launch_bounds__(kThreads, 1) second_layer_kernel(const Problem
       }
     }
   }
-  store_part(sums, work, memory, p.parts + blockIdx.x * cut.second_size, slice, column, g, t);
+  store_part<kSlots>(sums, work, p.agents + 1, memory, p.parts + blockIdx.x * cut.second_size, slice, column, g, t);
 }
 
 // --------------------------------------------------------------------------------------------------- the first layer
@@ -371,30 +430,13 @@ constexpr int kGradStride = kColumns + 8;
 // Four warps along the 192 columns of G, two along those of the states.
 constexpr int kGradWarps = 4, kGradTiles = kColumns / 16 / kGradWarps;
 
-// Rows `first`, `first` + 8, ... of the states, without a division for each.
-class StateRows {
- public:
-  __device__ StateRows(const StridedRows<float>& rows, int64_t first) : rows_(rows) {
-    const int64_t group = first < rows.inner ? 0 : first / rows.inner;
-    group_ = rows.data + group * rows.outer_stride;
-    row_ = first - group * rows.inner;
-  }
-  __device__ __forceinline__ const float* operator*() const { return group_ + row_ * rows_.inner_stride; }
-  __device__ __forceinline__ void operator++() {
-    for (row_ += kWarps; row_ >= rows_.inner; row_ -= rows_.inner) group_ += rows_.outer_stride;
-  }
-
- private:
-  const StridedRows<float>& rows_;
-  const float* group_;
-  int64_t row_;
-};
-
 // A row of the states [0, columns), `kFloats` at a time.
-template <int kFloats>
+template <int kStates, int kFloats>
 __device__ __forceinline__ void copy_states(float* to, const float* from, int columns, bool inside, int lane) {
-  for (int c = lane * kFloats; c < columns; c += kWarp * kFloats) {
-    copy_async<kFloats * sizeof(float)>(to + c, from + c, inside);
+#pragma unroll
+  for (int i = 0; i < kStates; i += kWarp * kFloats) {
+    const int c = i + lane * kFloats;
+    if (c < columns) copy_async<kFloats * sizeof(float)>(to + c, from + c, inside);
   }
 }
 
@@ -416,23 +458,26 @@ __global__ void __launch_bounds__(kThreads, 1) first_layer_kernel(const Problem 
     float* const row = memory + i / rows * stage_size + rows * kGradStride + i % rows * kStride;
     for (int c = columns < 0 ? 0 : columns; c < kStates; ++c) row[c] = c == columns ? 1 : 0;
   }
-  StateRows states(p.states, begin + warp);
+  constexpr int kGradThreads = 16, kGradRows = kThreads / kGradThreads;  // of a row; rows at a time
+  const float* grads = p.grad_activations + (begin + thread / kGradThreads) * kColumns + thread % kGradThreads * 4;
+  Walk states(p.states, begin + warp);
   const auto fetch = [&](int64_t n) {
     float* const grad = memory + n % kFirstStages * stage_size;
-    const int64_t first = begin + n * rows;
-    for (int i = thread; i < rows * (kColumns / 4); i += kThreads) {
-      const int r = i / (kColumns / 4), c = i % (kColumns / 4) * 4;
-      copy_async(grad + r * kGradStride + c, p.grad_activations + (first + r) * kColumns + c, first + r < end);
-    }
-    for (int r = warp; r < rows; r += kWarps, ++states) {
+    const int64_t left = end - begin - n * rows;
+    for (int r = thread / kGradThreads; r < rows; r += kGradRows, grads += kGradRows * kColumns) {
+      float* const to = grad + r * kGradStride + thread % kGradThreads * 4;
+#pragma unroll
+      for (int c = 0; c < kColumns; c += kGradThreads * 4) copy_async(to + c, grads + c, r < left);
+    }  // `rows` is a multiple of what one turn takes
+    for (int r = warp; r < rows; r += kWarps, states.advance(kWarps)) {
       float* const to = grad + rows * kGradStride + r * kStride;
       const float* const from = *states + start;
       if (width == 4) {
-        copy_states<4>(to, from, columns, first + r < end, lane);
+        copy_states<kStates, 4>(to, from, columns, r < left, lane);
       } else if (width == 2) {
-        copy_states<2>(to, from, columns, first + r < end, lane);
+        copy_states<kStates, 2>(to, from, columns, r < left, lane);
       } else {
-        copy_states<1>(to, from, columns, first + r < end, lane);
+        copy_states<kStates, 1>(to, from, columns, r < left, lane);
       }
     }
   };
@@ -441,8 +486,6 @@ __global__ void __launch_bounds__(kThreads, 1) first_layer_kernel(const Problem 
     end_copies();
   }
 
-  // Tile i of 16 columns of G has as its rows g columns 2 g, as its rows g + 8 columns 2 g + 1; a pair of tiles of 8
-  // states has in its first the even ones, in its second the odd ones. So two operands are one load.
   float c[kGradTiles][kTiles][4] = {};
   const int grad_column = warp % kGradWarps * (16 * kGradTiles), state_column = warp / kGradWarps * (8 * kTiles);
   for (int64_t n = 0; n < tiles; ++n) {
@@ -451,7 +494,7 @@ __global__ void __launch_bounds__(kThreads, 1) first_layer_kernel(const Problem 
     if (n + kFirstStages - 1 < tiles) fetch(n + kFirstStages - 1);
     end_copies();
     const float* const grad = memory + n % kFirstStages * stage_size + t * kGradStride + grad_column + 2 * g;
-    const float* const state = memory + n % kFirstStages * stage_size + rows * kGradStride + t * kStride + state_column;
+    const float* const state = memory + n % kFirstStages * stage_size + rows * kGradStride + t * kStride + state_column + g;
     const int64_t left = end - begin - n * rows;
     const int steps = static_cast<int>((left < rows ? left : rows) + kStep - 1) / kStep;
     for (int step = 0; step < steps; ++step) {
@@ -459,52 +502,25 @@ __global__ void __launch_bounds__(kThreads, 1) first_layer_kernel(const Problem 
       const float* const state_step = state + step * kStep * kStride;
       FragmentA<kFull> a[kGradTiles];
 #pragma unroll
-      for (int i = 0; i < kGradTiles; ++i) {
+      for (int i = 0; i < kGradTiles; ++i) load_a(a[i], grad_step + 16 * i, kGradStride, false);
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const float2 pair = *reinterpret_cast<const float2*>(grad_step + 4 * k * kGradStride + 16 * i);
-          a[i].set(2 * k, Operand<kFull>::of(pair.x));
-          a[i].set(2 * k + 1, Operand<kFull>::of(pair.y));
-        }
-      }
+      for (int j = 0; j < kTiles; ++j) {
+        const auto b0 = Operand<kFull>::of(state_step[8 * j]), b1 = Operand<kFull>::of(state_step[4 * kStride + 8 * j]);
 #pragma unroll
-      for (int j = 0; j + 1 < kTiles; j += 2) {
-        const float2 x0 = *reinterpret_cast<const float2*>(state_step + 8 * j + 2 * g);
-        const float2 x1 = *reinterpret_cast<const float2*>(state_step + 4 * kStride + 8 * j + 2 * g);
-        const auto even0 = Operand<kFull>::of(x0.x), even1 = Operand<kFull>::of(x1.x);
-        const auto odd0 = Operand<kFull>::of(x0.y), odd1 = Operand<kFull>::of(x1.y);
-#pragma unroll
-        for (int i = 0; i < kGradTiles; ++i) {
-          multiply(c[i][j], a[i], even0, even1);
-          multiply(c[i][j + 1], a[i], odd0, odd1);
-        }
-      }
-      if constexpr (kTiles % 2 == 1) {
-        const float* const last = state_step + 8 * (kTiles - 1) + g;
-        const auto b0 = Operand<kFull>::of(last[0]), b1 = Operand<kFull>::of(last[4 * kStride]);
-#pragma unroll
-        for (int i = 0; i < kGradTiles; ++i) multiply(c[i][kTiles - 1], a[i], b0, b1);
+        for (int i = 0; i < kGradTiles; ++i) multiply(c[i][j], a[i], b0, b1);
       }
     }
   }
 
   const int stride = cut.columns();
-  float* const part = p.parts + cut.first_parts_at + blockIdx.y * cut.first_size + start + state_column;
+  float* const part = p.parts + cut.first_parts_at + blockIdx.y * cut.first_size + start + state_column + 2 * t;
 #pragma unroll
   for (int i = 0; i < kGradTiles; ++i) {
+    float* const to = part + (grad_column + 16 * i + 2 * g) * stride;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float* const to = part + (grad_column + 16 * i + 2 * g + half) * stride;
-#pragma unroll
-      for (int j = 0; j + 1 < kTiles; j += 2) {
-        const float(&even)[4] = c[i][j], (&odd)[4] = c[i][j + 1];
-        *reinterpret_cast<float4*>(to + 8 * j + 4 * t) =
-            make_float4(even[2 * half], odd[2 * half], even[2 * half + 1], odd[2 * half + 1]);
-      }
-      if constexpr (kTiles % 2 == 1) {
-        const float(&last)[4] = c[i][kTiles - 1];
-        *reinterpret_cast<float2*>(to + 8 * (kTiles - 1) + 2 * t) = make_float2(last[2 * half], last[2 * half + 1]);
-      }
+    for (int j = 0; j < kTiles; ++j) {
+      *reinterpret_cast<float2*>(to + 8 * j) = make_float2(c[i][j][0], c[i][j][1]);
+      *reinterpret_cast<float2*>(to + stride + 8 * j) = make_float2(c[i][j][2], c[i][j][3]);
     }
   }
 }
@@ -597,8 +613,7 @@ __global__ void __launch_bounds__(kThreads) add_parts_kernel(const Problem p, co
 
 // ----------------------------------------------------------------------------------------------------------- launches
 
-constexpr int kMostAgents = 10, kMostAgentsFull = 8;  // more of them and registers do not suffice
-constexpr int kSlotChoices[] = {3, 5, 8, 10};
+constexpr int kMostAgents = 5;  // with more in a group registers do not suffice to load ahead
 constexpr int kTileChoices[] = {2, 4, 7, 11};
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
@@ -612,18 +627,19 @@ int parts(int64_t rows, int64_t blocks, const Device& device) {
   return static_cast<int>(wanted < 1 || most < 1 ? 1 : wanted < most ? wanted : most);
 }
 
-int tile_rows(int most, int multiple, int stages, int row_floats, const Device& device) {
-  const int fit = device.shared_memory / (stages * row_floats * static_cast<int>(sizeof(float))) / multiple * multiple;
+// Rows of a tile, a multiple of 16: so that both slices, and all threads that copy, have the same.
+int tile_rows(int most, int stages, int row_floats, const Device& device) {
+  const int fit = device.shared_memory / (stages * row_floats * static_cast<int>(sizeof(float))) / 16 * 16;
   return fit < most ? fit : most;
 }
 
 Cut cut_up(const MonotonicCudaShape& s, const Device& device) {
   Cut cut;
-  cut.groups = static_cast<int>(ceil_div(s.agents, s.full_precision ? kMostAgentsFull : kMostAgents));
+  cut.groups = static_cast<int>(ceil_div(s.agents, kMostAgents));
   cut.agents = static_cast<int>(ceil_div(s.agents, cut.groups));
-  cut.slots = *std::find_if(std::begin(kSlotChoices), std::end(kSlotChoices), [&](int slots) { return slots >= cut.agents; });
+  cut.slots = cut.agents <= 3 ? 3 : kMostAgents;
   cut.second_parts = parts(s.rows, cut.groups, device);
-  cut.second_rows = tile_rows(64, 2 * kStep, kSecondStages, second_row_floats(cut.slots), device);
+  cut.second_rows = tile_rows(64, kSecondStages, second_row_floats(cut.slots), device);
   cut.second_size = (s.agents + 1) * (kMatrix + kEmbed) + kEmbed + 4;
 
   // Columns of padding cost products; another block cost about as much as four tiles of them, as it reads G again.
@@ -637,7 +653,7 @@ Cut cut_up(const MonotonicCudaShape& s, const Device& device) {
     }
   }
   cut.first_parts = parts(s.rows, cut.blocks, device);
-  cut.first_rows = tile_rows(32, kStep, kFirstStages, first_row_floats(cut.tiles), device);
+  cut.first_rows = tile_rows(32, kFirstStages, first_row_floats(cut.tiles), device);
   cut.first_size = int64_t{kColumns} * cut.columns();
   cut.first_parts_at = cut.second_parts * cut.second_size;
   return cut;
@@ -656,10 +672,7 @@ template <bool kFull>
 const char* second_layer(const Problem& p, const Cut& cut, void* stream) {
   const int tiles = kSecondStages * cut.second_rows * second_row_floats(cut.slots);
   const int sums = (cut.slots + 1) * (kMatrix + kEmbed) + kWarps * (kEmbed + 1);
-  const auto kernel = cut.slots == 3   ? second_layer_kernel<3, kFull>
-                      : cut.slots == 5 ? second_layer_kernel<5, kFull>
-                      : cut.slots == 8 ? second_layer_kernel<8, kFull>
-                                       : second_layer_kernel<kFull ? 8 : 10, kFull>;
+  const auto kernel = cut.slots == 3 ? second_layer_kernel<3, kFull> : second_layer_kernel<kMostAgents, kFull>;
   return launch(kernel, dim3(cut.second_parts, cut.groups), tiles > sums ? tiles : sums, stream, p, cut);
 }
 
