@@ -22,10 +22,15 @@ MonotonicShape shape(const Sizes& sizes, int positivity, double beta, int thread
   return {rows, agents, embed, hidden, state_dim, static_cast<Positivity>(positivity), beta, threads};
 }
 
+// Rows whose groups follow each other evenly come as one group.
 template <class T>
 StridedRows<T> strided(const Rows& rows, int64_t count, const char* name) {
-  check(rows[1] >= 1 || count == 0, "rows must come in groups of at least one");
-  return {pointer<const T>(static_cast<Address>(rows[0]), count, name), rows[1], rows[2], rows[3], rows[4]};
+  const auto [address, inner, outer_stride, inner_stride, column_stride] = rows;
+  check(inner >= 1 || count == 0, "rows must come in groups of at least one");
+  const auto* data = pointer<const T>(static_cast<Address>(address), count, name);
+  if (inner == 1 && count > 1) return {data, count, 0, outer_stride, column_stride};
+  if (inner < 1 || outer_stride == inner * inner_stride) return {data, count + 1, 0, inner_stride, column_stride};
+  return {data, inner, outer_stride, inner_stride, column_stride};
 }
 
 template <class T>
@@ -117,7 +122,7 @@ Addresses addresses_from(Address first, const MonotonicCudaShape& s) {
 // The last argument is the stream, a cudaStream_t as an integer.
 void register_cuda(py::module_& m) {
   m.def(
-      "monotonic_packed", [](int64_t agents, int64_t state_dim) { return monotonic_packed(agents, state_dim).total; },
+      "monotonic_packed_cuda", [](int64_t agents, int64_t state_dim) { return monotonic_packed(agents, state_dim).total; },
       "Floats of packed parameters.");
   m.def("monotonic_pack_cuda",
         [](const Addresses& parameters, Address packed, const Sizes& sizes, bool full_precision, Address stream) {
@@ -174,7 +179,7 @@ void register_cuda(py::module_& m) {
                                                pointer<const float>(grad_q_tot, s.rows, "grad_q_tot"),
                                                buffer<const float>(activations, s.rows, "activations"),
                                                buffer<const float>(grad_activations, s.rows, "grad_activations"),
-                                               buffer<const uint32_t>(signs, s.positivity == Positivity::abs ? s.rows : 0, "signs"),
+                                               buffer<const uint32_t>(signs, s.rows, "signs"),
                                                buffer<float>(parts, parts_size, "parts"),
                                                weights<float>(addresses_from(gradients, on_cuda), s)};
           raise(monotonic_backward_weights_cuda(p, reinterpret_cast<void*>(stream)));

@@ -60,7 +60,7 @@ def run(problem: Problem, precision: str) -> Results:
     E = params.b1_bias.numel()
     sizes, code, full = (rows, A, E, H, S), POSITIVITIES.index(positivity), precision == "full"
     q_tot, unkept = torch.full((rows,), torch.nan), torch.full((rows,), torch.nan)
-    packed = torch.full((core.monotonic_packed(A, S),), torch.nan)
+    packed = torch.full((core.monotonic_packed_cuda(A, S),), torch.nan)
     activations, grad_activations = torch.full((2, rows, 192), torch.nan)
     grad_qs = torch.full((rows, A), torch.nan)
     signs = torch.full((rows, A + 1, 2), 0x5A5A5A5A, dtype=torch.int32)
