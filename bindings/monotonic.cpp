@@ -95,6 +95,7 @@ void raise(const char* error) {
 MonotonicCudaShape cuda_shape(const MonotonicShape& s, bool full_precision) {
   check(s.hidden >= 1 && s.hidden <= kMonotonicHidden, "on CUDA the hypernets must have hidden layers of at most 64");
   check(s.embed <= kMonotonicEmbed, "on CUDA embed must be at most 32");
+  check(s.rows <= kMonotonicCudaRows, "on CUDA there must be at most 2^30 rows");
   check(s.positivity == Positivity::abs || s.positivity == Positivity::none, "on CUDA positivity must be abs or none");
   return {s.rows, s.agents, s.embed, s.hidden, s.state_dim, s.positivity, full_precision};
 }

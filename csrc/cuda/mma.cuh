@@ -40,6 +40,46 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const float (&a)[4], flo
 #endif
 }
 
+// Global memory that no thread writes while the kernel runs, or zeros where not `inside`, without a branch. (A compiler
+// makes branches of several such loads, and around them moves registers that matrix products are waiting for.)
+__device__ __forceinline__ float load_if(bool inside, const float* from) {
+#if defined(FASTMIX_EMULATED)
+  return inside ? *from : 0;
+#else
+  float x;
+  asm("{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\nmov.f32 %0, 0f00000000;\n@p ld.global.nc.f32 %0, [%1];\n}"
+      : "=f"(x)
+      : "l"(from), "r"(static_cast<int>(inside)));
+  return x;
+#endif
+}
+__device__ __forceinline__ float2 load2_if(bool inside, const float* from) {
+#if defined(FASTMIX_EMULATED)
+  return inside ? *reinterpret_cast<const float2*>(from) : make_float2(0, 0);
+#else
+  float2 x;
+  asm("{\n.reg .pred p;\nsetp.ne.s32 p, %3, 0;\nmov.f32 %0, 0f00000000;\nmov.f32 %1, 0f00000000;\n"
+      "@p ld.global.nc.v2.f32 {%0, %1}, [%2];\n}"
+      : "=f"(x.x), "=f"(x.y)
+      : "l"(from), "r"(static_cast<int>(inside)));
+  return x;
+#endif
+}
+
+// From here on the compiler does not know how `x` came about, and keeps it instead of what it could make it from.
+__device__ __forceinline__ void opaque(float& x) {
+#if !defined(FASTMIX_EMULATED)
+  asm volatile("" : "+f"(x));
+#endif
+}
+
+// The line of global memory that `p` is in shall come to the second-level cache.
+__device__ __forceinline__ void prefetch(const void* p) {
+#if !defined(FASTMIX_EMULATED)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
 // `kBytes` (4, 8 or 16; both addresses on a multiple of it) from global to shared memory, zeros where not `inside`;
 // seen by this thread after `copies_arrived`. Nothing is read from where it is not inside.
 template <int kBytes = 16>

@@ -85,38 +85,55 @@ __device__ __forceinline__ void multiply(float (&c)[M][N][4], int first, const O
   }
 }
 
-// ------------------------------------------------------------------------------------------------------ small
-// functions
+// ---------------------------------------------------------------------------------------------------- small functions
 
 __device__ __forceinline__ float relu(float x) { return x < 0 ? 0 : x; }  // of NaN it is NaN
 __device__ __forceinline__ float elu(float x) { return x > 0 ? x : expm1f(x); }
 
-template <bool kAbs>
-__device__ __forceinline__ float positive(float z) {
-  return kAbs ? fabsf(z) : z;
+// x times the sign of z, or x itself where `sign_bit` is zero: positivity of z is z times its own sign, and its slope
+// is that sign.
+__device__ __forceinline__ float with_sign(float x, float z, uint32_t sign_bit) {
+  return __uint_as_float(__float_as_uint(x) ^ (__float_as_uint(z) & sign_bit));
+}
+__device__ __forceinline__ uint32_t sign_bit(Positivity positivity) {
+  return positivity == Positivity::abs ? 0x80000000u : 0u;
 }
 
-__device__ __forceinline__ float add(float x, float y) { return x + y; }
-__device__ __forceinline__ uint32_t add(uint32_t x, uint32_t y) { return x | y; }
-
-// The sum over the four lanes of a quad of x[i]: lane t gets x[t].
-template <class T>
-__device__ __forceinline__ T sum_to_lane(const T (&x)[4], int t) {
-  const bool odd = t % 2 != 0, upper = t / 2 != 0;
-  const T low = add(odd ? x[1] : x[0], __shfl_xor_sync(kAllLanes, odd ? x[0] : x[1], 1));
-  const T high = add(odd ? x[3] : x[2], __shfl_xor_sync(kAllLanes, odd ? x[2] : x[3], 1));
-  return add(upper ? high : low, __shfl_xor_sync(kAllLanes, upper ? low : high, 2));
-}
-
-// Lane t gets x[t % 2].
+// The sum of x[i] over the four lanes of a quad: lane t gets x[t], or x[t % 2].
 __device__ __forceinline__ float sum_to_lane(const float (&x)[2], int t) {
   const bool odd = t % 2 != 0;
   const float sum = (odd ? x[1] : x[0]) + __shfl_xor_sync(kAllLanes, odd ? x[0] : x[1], 1);
   return sum + __shfl_xor_sync(kAllLanes, sum, 2);
 }
+__device__ __forceinline__ float sum_to_lane(const float (&x)[4], int t) {
+  const bool odd = t % 2 != 0, upper = t / 2 != 0;
+  const float low = (odd ? x[1] : x[0]) + __shfl_xor_sync(kAllLanes, odd ? x[0] : x[1], 1);
+  const float high = (odd ? x[3] : x[2]) + __shfl_xor_sync(kAllLanes, odd ? x[2] : x[3], 1);
+  return (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, 2);
+}
 
-__device__ __forceinline__ int64_t offset(const StridedRows<float>& rows, int64_t row) {
-  return row / rows.inner * rows.outer_stride + row % rows.inner * rows.inner_stride;
+// How a kernel's work is cut: a block takes the tile with its own number and every gridDim.x further, `passes` of them,
+// the first `longer` blocks one more. `slots` of shared memory are for weights.
+struct Cut {
+  int tiles, passes, longer, slots;
+
+  __device__ __forceinline__ int mine() const { return passes + (static_cast<int>(blockIdx.x) < longer ? 1 : 0); }
+};
+
+__device__ __forceinline__ int64_t offset(const StridedRows<float>& rows, int row) {
+  const auto index = static_cast<unsigned>(row), inner = static_cast<unsigned>(rows.inner);
+  return index / inner * rows.outer_stride + index % inner * rows.inner_stride;
+}
+
+// Where the lane's rows g, g + 8, ... of the 8 * N from `first` on begin. Each lane finds one row for all; rows behind
+// the last one are the last one.
+template <int N>
+__device__ __forceinline__ void find_rows(const float* (&rows)[N], const StridedRows<float>& from, int first, int count,
+                                          int lane) {
+  const int row = first + lane % (8 * N);
+  const int64_t mine = offset(from, row < count ? row : count - 1);
+#pragma unroll
+  for (int i = 0; i < N; ++i) rows[i] = from.data + __shfl_sync(kAllLanes, mine, lane / 4 + 8 * i);
 }
 
 __device__ __forceinline__ float2 load2(const float* p) { return __ldg(reinterpret_cast<const float2*>(p)); }
@@ -124,8 +141,7 @@ __device__ __forceinline__ void store2(float* p, float x, float y) {
   *reinterpret_cast<float2*>(p) = make_float2(x, y);
 }
 
-// ---------------------------------------------------------------------------------------------- weights in shared
-// memory
+// ------------------------------------------------------------------------------------------- weights in shared memory
 
 __device__ __forceinline__ void copy_all(float* to, const float* from, int count) {
   for (int i = 4 * static_cast<int>(threadIdx.x); i < count; i += 4 * static_cast<int>(blockDim.x)) {
@@ -138,20 +154,24 @@ struct ForwardChunks {
   static constexpr int kSteps = 4, kUnits = 3;
   static constexpr int kFloats = kSteps * kStep > kUnits* kUnit ? kSteps * kStep : kUnits * kUnit;
 
-  const float* packed;
-  int64_t units, transposed;  // ends of the two
-  int first;                  // chunks of the first layer
-  int count;
+  const float *steps, *units;
+  int n_steps, n_units, first, count;  // first: chunks of the first layer
 
-  __host__ __device__ static int first_chunks(int64_t steps) { return static_cast<int>((steps + kSteps - 1) / kSteps); }
-  __host__ __device__ static int unit_chunks(int64_t agents) { return static_cast<int>(agents / kUnits + 1); }
+  __host__ __device__ ForwardChunks(const float* packed, const MonotonicPacked& at, int64_t state_dim, int64_t agents)
+      : steps(packed),
+        units(packed + at.units),
+        n_steps(static_cast<int>((state_dim + 7) / 8)),
+        n_units(static_cast<int>(agents) + 1),
+        first((n_steps + kSteps - 1) / kSteps),
+        count(first + (n_units + kUnits - 1) / kUnits) {}
 
   __device__ void fetch(int chunk, float* to) const {
-    const bool is_unit = chunk >= first;
-    const int64_t size = is_unit ? kUnits * kUnit : kSteps * kStep;
-    const int64_t begin = is_unit ? units + (chunk - first) * size : chunk * size;
-    const int64_t rest = (is_unit ? transposed : units) - begin;
-    copy_all(to, packed + begin, static_cast<int>(rest < size ? rest : size));
+    if (chunk < first) {
+      copy_all(to, steps + int64_t{chunk} * (kSteps * kStep), min(kSteps, n_steps - chunk * kSteps) * kStep);
+    } else {
+      chunk -= first;
+      copy_all(to, units + int64_t{chunk} * (kUnits * kUnit), min(kUnits, n_units - chunk * kUnits) * kUnit);
+    }
   }
 };
 
@@ -159,42 +179,47 @@ struct ForwardChunks {
 struct BackwardChunks {
   static constexpr int kFloats = kUnit + kMatrix;
 
-  const float* packed;
-  int64_t units, transposed;
+  const float *units, *transposed;
   int count;
 
+  __host__ __device__ BackwardChunks(const float* packed, const MonotonicPacked& at, int64_t agents)
+      : units(packed + at.units), transposed(packed + at.transposed), count(static_cast<int>(agents) + 1) {}
+
   __device__ void fetch(int unit, float* to) const {
-    copy_all(to, packed + units + unit * int64_t{kUnit}, kUnit);
-    copy_all(to + kUnit, packed + transposed + unit * int64_t{kMatrix}, kMatrix);
+    copy_all(to, units + int64_t{unit} * kUnit, kUnit);
+    copy_all(to + kUnit, transposed + int64_t{unit} * kMatrix, kMatrix);
   }
 };
 
 // Chunks 0 .. count - 1, again and again, in `slots` slots of shared memory. With a slot for each they are fetched once
-// and the block meets at them in the first pass only; otherwise it meets at each.
+// and the block meets at them in the first pass only; otherwise it meets at each. There are two chunks at least.
 template <class Chunks>
 class Stream {
  public:
-  __device__ Stream(const Chunks& chunks, float* memory, int slots, int64_t passes)
+  __device__ Stream(const Chunks& chunks, float* memory, int slots, int passes)
       : chunks_(chunks),
         memory_(memory),
         slots_(slots),
-        to_fetch_(slots >= chunks.count ? chunks.count : chunks.count * passes),
-        to_meet_(to_fetch_) {
-    fetch();
-    if (slots_ > 2) fetch();
+        meetings_(slots >= chunks.count ? chunks.count : chunks.count * passes) {
+    for (; chunk_ < ahead(); ++chunk_) fetch(chunk_);
   }
 
   // The next chunk, for all threads of the block. The chunk before it may be overwritten from now on.
   __device__ const float* next() {
-    if (to_meet_ > 0) {
-      --to_meet_;
+    if (meetings_ > 0) {
+      --meetings_;
       if (slots_ > 2) {
         copies_arrived<1>();
       } else {
         copies_arrived<0>();
       }
       __syncthreads();
-      fetch();
+      if (meetings_ >= ahead()) {
+        fetch(slot_ + ahead() - (slot_ + ahead() >= slots_ ? slots_ : 0));
+        chunk_ = chunk_ + 1 == chunks_.count ? 0 : chunk_ + 1;
+      } else {
+        end_copies();
+      }
     }
     const float* chunk = memory_ + slot_ * Chunks::kFloats;
     slot_ = slot_ + 1 == slots_ ? 0 : slot_ + 1;
@@ -202,41 +227,43 @@ class Stream {
   }
 
  private:
-  __device__ void fetch() {
-    if (to_fetch_ > 0) {
-      --to_fetch_;
-      chunks_.fetch(chunk_, memory_ + fetch_slot_ * Chunks::kFloats);
-      chunk_ = chunk_ + 1 == chunks_.count ? 0 : chunk_ + 1;
-      fetch_slot_ = fetch_slot_ + 1 == slots_ ? 0 : fetch_slot_ + 1;
-    }
+  __device__ int ahead() const { return slots_ > 2 ? 2 : 1; }
+
+  __device__ void fetch(int slot) {
+    chunks_.fetch(chunk_, memory_ + slot * Chunks::kFloats);
     end_copies();
   }
 
-  Chunks chunks_;
-  float* memory_;
-  int slots_, slot_ = 0, fetch_slot_ = 0, chunk_ = 0;
-  int64_t to_fetch_, to_meet_;
+  const Chunks chunks_;
+  float* const memory_;
+  const int slots_;
+  int meetings_, slot_ = 0, chunk_ = 0;  // chunk_: the next to be fetched
 };
 
 // z = b + h W^T for the `N / 2` pairs of column tiles from `pair` on, M tiles of rows at a time.
 template <bool kFull, int M, int N>
-__device__ __forceinline__ void generate(float (&z)[M][N][4], const float (&h)[M][kHiddenTiles][4], const float* unit,
+__device__ __forceinline__ void generate(float (&z)[M][N][4], float (&h)[M][kHiddenTiles][4], const float* unit,
                                          int pair, int lane) {
-  const float* bias = unit + kMatrix + 16 * pair + 2 * (lane % 4);
+  const float* bias = unit + kMatrix + 2 * 16 * pair + 4 * (lane % 4);
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    const float2 b = *reinterpret_cast<const float2*>(bias + 8 * n);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      z[m][n][0] = z[m][n][2] = b.x;
-      z[m][n][1] = z[m][n][3] = b.y;
+      const float4 b = *reinterpret_cast<const float4*>(bias + 2 * 8 * n);
+      z[m][n][0] = b.x, z[m][n][1] = b.y, z[m][n][2] = b.z, z[m][n][3] = b.w;
     }
   }
 #pragma unroll
   for (int k = 0; k < kHiddenTiles; ++k) {
     Operand<4> a[M];
 #pragma unroll
-    for (int m = 0; m < M; ++m) a[m] = operand<kFull>(h[m][k]);
+    for (int m = 0; m < M; ++m) {
+      if constexpr (kFull) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) opaque(h[m][k][i]);  // or all are split once for all units, which spills
+      }
+      a[m] = operand<kFull>(h[m][k]);
+    }
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
       multiply<kFull>(z, n, a, unit + ((k * kEmbedTiles / 2 + pair + n / 2) * kWarp + lane) * 4);
@@ -285,8 +312,9 @@ __device__ float unit_weight(const MonotonicPackCuda& p, int64_t unit, int e, in
   return p.weights.w1_weight[((unit - 1) * p.embed + e) * p.hidden + h];
 }
 
+// In the padding 1, so that there is a sign there too; nothing comes of it, as the mix is 0 there.
 __device__ float unit_bias(const MonotonicPackCuda& p, int64_t unit, int e) {
-  if (e >= p.embed) return 0;
+  if (e >= p.embed) return 1;
   return unit == 0 ? p.weights.w2_bias[e] : p.weights.w1_bias[(unit - 1) * p.embed + e];
 }
 
@@ -316,7 +344,8 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(const MonotonicPackC
       value = unit_weight(p, unit, pair % 2 * 16 + in.n, pair / 2 * 8 + in.k);
     } else {
       is_operand = false;
-      value = unit_bias(p, unit, in_unit - kMatrix);
+      const int in_bias = in_unit - kMatrix;
+      value = unit_bias(p, unit, in_bias / 4 * 2 + in_bias % 2);
     }
   } else if (i < at.first_bias) {
     const int64_t unit = (i - at.transposed) / kMatrix;
@@ -343,62 +372,47 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(const MonotonicPackC
 constexpr int kPairRows = 32;
 constexpr int kMostPairs = 4;                                                      // of warps in a block
 constexpr int kExchange = 2 * kPairRows * kMonotonicHidden, kPartial = kPairRows;  // floats of shared memory a pair
-constexpr int kAhead = ForwardChunks::kSteps;  // steps that states are loaded in advance
 
-// Eight features of the lane's four rows as operand A of two tiles. `left`: features from `rows` on.
-__device__ __forceinline__ void load_states(float (&a)[2][4], const float* const (&rows)[4], int64_t column,
-                                            int64_t left, bool in_pairs) {
-  float2 v[4] = {};
-  if (in_pairs) {
-    if (column < left) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = load2(rows[i] + column);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (column < left) v[i].x = __ldg(rows[i] + column);
-      if (column + 1 < left) v[i].y = __ldg(rows[i] + column + 1);
-    }
-  }
+// Eight features of the lane's four rows, from `column` on, as operand A of two tiles. `left`: features that are there.
+__device__ __forceinline__ void load_states(float (&a)[2][4], const float* const (&rows)[4], int column, int left,
+                                            bool in_pairs) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    a[i / 2][i % 2] = v[i].x;
-    a[i / 2][2 + i % 2] = v[i].y;
+    float2 v;
+    if (in_pairs) {
+      v = load2_if(column < left, rows[i] + column);
+    } else {
+      v.x = load_if(column < left, rows[i] + column);
+      v.y = load_if(column + 1 < left, rows[i] + column + 1);
+    }
+    a[i / 2][i % 2] = v.x;
+    a[i / 2][2 + i % 2] = v.y;
   }
 }
 
-// Where the lane's rows g, g + 8, g + 16, g + 24 of the 32 from `first` on begin. Each lane finds one row for all; rows
-// behind the last one are the last one.
-__device__ __forceinline__ void find_rows(const float* (&rows)[4], const StridedRows<float>& from, int64_t first,
-                                          int64_t count, int lane) {
-  const int64_t row = first + lane < count ? first + lane : count - 1;
-  const int64_t mine = offset(from, row);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) rows[i] = from.data + __shfl_sync(kAllLanes, mine, lane / 4 + 8 * i);
-}
-
-template <bool kFull, bool kAbs>
+template <bool kFull>
 __global__ void __launch_bounds__(2 * kMostPairs * kWarp, 1)
-    forward_kernel(const MonotonicForwardCuda p, const MonotonicPacked at, int slots, bool in_pairs) {
+    forward_kernel(const MonotonicForwardCuda p, const MonotonicPacked at, const Cut cut, bool in_pairs) {
   extern __shared__ __align__(16) float memory[];
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
-  const int pair = static_cast<int>(threadIdx.x) / (2 * kWarp), pairs = static_cast<int>(blockDim.x) / (2 * kWarp);
-  const int half = static_cast<int>(threadIdx.x) / kWarp % 2;
-  const int64_t steps = (p.state_dim + 7) / 8, left = p.state_dim - 2 * t;
-  const int64_t tile_rows = int64_t{pairs} * kPairRows, tiles = (p.rows + tile_rows - 1) / tile_rows;
+  const int lane = static_cast<int>(threadIdx.x % kWarp), g = lane / 4, t = lane % 4;
+  const int pair = static_cast<int>(threadIdx.x / (2 * kWarp)), pairs = static_cast<int>(blockDim.x / (2 * kWarp));
+  const int half = static_cast<int>(threadIdx.x / kWarp % 2), agents = static_cast<int>(p.agents);
+  const uint32_t sign = sign_bit(p.positivity);
+  const int n_rows = static_cast<int>(p.rows), tile_rows = pairs * kPairRows;
+  const ForwardChunks chunks(p.packed, at, p.state_dim, p.agents);
+  Stream<ForwardChunks> stream(chunks, memory, cut.slots, cut.mine());
+  float* const exchange = memory + cut.slots * ForwardChunks::kFloats + pair * kExchange;
+  float* const partial = memory + cut.slots * ForwardChunks::kFloats + pairs * kExchange + pair * kPartial;
 
-  float* const exchange = memory + slots * ForwardChunks::kFloats + pair * kExchange;
-  float* const partial = memory + slots * ForwardChunks::kFloats + pairs * kExchange + pair * kPartial;
-  const int first_chunks = ForwardChunks::first_chunks(steps);
-  Stream<ForwardChunks> stream(
-      {p.packed, at.units, at.transposed, first_chunks, first_chunks + ForwardChunks::unit_chunks(p.agents)}, memory,
-      slots, (tiles - blockIdx.x + gridDim.x - 1) / gridDim.x);
-
+  // States are loaded some steps before they are used (three products in one take long enough for half as many), those
+  // of a tile's first steps during the tile before it.
+  constexpr int kSteps = ForwardChunks::kSteps, kAhead = kFull ? kSteps / 2 : kSteps;
   const float* states[4];
+  int left;
   float ahead[kAhead][2][4];
-  const auto look_ahead = [&](int64_t tile) {
-    find_rows(states, p.states, tile * tile_rows + pair * kPairRows, p.rows, lane);
+  const auto look_ahead = [&](int tile) {
+    find_rows(states, p.states, tile * tile_rows + pair * kPairRows, n_rows, lane);
+    left = static_cast<int>(p.state_dim) - 2 * t;
 #pragma unroll
     for (int i = 0; i < 4; ++i) states[i] += 2 * t;
 #pragma unroll
@@ -406,8 +420,8 @@ __global__ void __launch_bounds__(2 * kMostPairs * kWarp, 1)
   };
   look_ahead(blockIdx.x);
 
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int64_t first_row = tile * tile_rows + pair * kPairRows;
+  for (int tile = blockIdx.x; tile < cut.tiles; tile += gridDim.x) {
+    const int first_row = tile * tile_rows + pair * kPairRows;
 
     // First layer: the pair's half of the columns, in tiles as first_column() has them.
     float c[2][12][4];
@@ -421,27 +435,38 @@ __global__ void __launch_bounds__(2 * kMostPairs * kWarp, 1)
         c[m][j][1] = c[m][j][3] = b.y;
       }
     }
-    for (int64_t step = 0; step < steps; step += kAhead) {
-      const float* chunk = stream.next() + (half * 6 * kWarp + lane) * 4;
+    const auto take_step = [&](const float* weights, int i) {
+      Operand<4> a[2];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (step + i < steps) {
-          Operand<4> a[2];
+      for (int m = 0; m < 2; ++m) {
+        float x[4];
 #pragma unroll
-          for (int m = 0; m < 2; ++m) {
+        for (int k = 0; k < 4; ++k) x[k] = rounded<kFull>(ahead[i % kAhead][m][k]);
+        a[m] = operand<kFull>(x);
+      }
+      load_states(ahead[i % kAhead], states, 8 * (i + kAhead), left, in_pairs);
 #pragma unroll
-            for (int x = 0; x < 4; ++x) ahead[i][m][x] = rounded<kFull>(ahead[i][m][x]);
-            a[m] = operand<kFull>(ahead[i][m]);
-          }
-          load_states(ahead[i], states, 8 * (step + i + kAhead), left, in_pairs);
+      for (int j = 0; j < 12; j += 2) multiply<kFull>(c, j, a, weights + i * kStep + j / 2 * kPair);
+    };
+    int steps = chunks.n_steps;
+    for (; steps >= kSteps; steps -= kSteps) {
+      const float* weights = stream.next() + (half * 6 * kWarp + lane) * 4;
 #pragma unroll
-          for (int j = 0; j < 12; j += 2) multiply<kFull>(c, j, a, chunk + i * kStep + j / 2 * kPair);
-        }
+      for (int i = 0; i < kSteps; ++i) take_step(weights, i);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) states[i] += 8 * kSteps;
+      left -= 8 * kSteps;
+    }
+    if (steps > 0) {
+      const float* weights = stream.next() + (half * 6 * kWarp + lane) * 4;
+#pragma unroll
+      for (int i = 0; i < kSteps - 1; ++i) {
+        if (i < steps) take_step(weights, i);
       }
     }
     const float* q_rows[4];
-    find_rows(q_rows, p.agent_qs, first_row, p.rows, lane);
-    if (tile + gridDim.x < tiles) look_ahead(tile + gridDim.x);
+    find_rows(q_rows, p.agent_qs, first_row, n_rows, lane);
+    if (tile + static_cast<int>(gridDim.x) < cut.tiles) look_ahead(tile + gridDim.x);
 
     // What follows the first layer; the hidden layers go to the other warp too.
     float v[4] = {};
@@ -471,9 +496,9 @@ __global__ void __launch_bounds__(2 * kMostPairs * kWarp, 1)
     if (p.activations != nullptr) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int64_t row = first_row + 8 * i + g;
-        if (row < p.rows) {
-          float* const to = p.activations + row * kMonotonicColumns + 2 * t;
+        const int row = first_row + 8 * i + g;
+        if (row < n_rows) {
+          float* const to = p.activations + int64_t{row} * kMonotonicColumns + 2 * t;
 #pragma unroll
           for (int j = 0; j < kHiddenTiles; ++j) {
             store2(to + kMonotonicHidden * half + 8 * j, c[i / 2][j][i % 2 * 2], c[i / 2][j][i % 2 * 2 + 1]);
@@ -515,13 +540,13 @@ __global__ void __launch_bounds__(2 * kMostPairs * kWarp, 1)
     const float* chunk = stream.next();
     generate<kFull>(w2, h, chunk, half, lane);
     load_hidden(0);
-    for (int64_t agent = 0, in_chunk = 1; agent < p.agents; ++agent, ++in_chunk) {
+    for (int agent = 0, in_chunk = 1; agent < agents; ++agent, ++in_chunk) {
       if (in_chunk == ForwardChunks::kUnits) {
         chunk = stream.next();
         in_chunk = 0;
       }
       float next_q[4] = {};
-      if (agent + 1 < p.agents) {
+      if (agent + 1 < agents) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) next_q[i] = __ldg(q_rows[i] + (agent + 1) * p.agent_qs.column_stride);
       }
@@ -532,7 +557,9 @@ __global__ void __launch_bounds__(2 * kMostPairs * kWarp, 1)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
 #pragma unroll
-          for (int x = 0; x < 4; ++x) mix[m][j][x] += q[2 * m + x / 2] * positive<kAbs>(z[m][j][x]);
+          for (int x = 0; x < 4; ++x) {
+            mix[m][j][x] += with_sign(q[2 * m + x / 2], z[m][j][x], sign) * z[m][j][x];
+          }
         }
       }
 #pragma unroll
@@ -546,16 +573,16 @@ __global__ void __launch_bounds__(2 * kMostPairs * kWarp, 1)
 #pragma unroll
         for (int x = 0; x < 4; ++x) {
           if (16 * half + 8 * j + 2 * t + x % 2 >= p.embed) mix[m][j][x] = 0;  // there an infinite q made it NaN
-          v[2 * m + x / 2] += elu(mix[m][j][x]) * positive<kAbs>(w2[m][j][x]);
+          v[2 * m + x / 2] += with_sign(elu(mix[m][j][x]), w2[m][j][x], sign) * w2[m][j][x];
         }
       }
     }
     if (p.activations != nullptr) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int64_t row = first_row + 8 * i + g;
-        if (row < p.rows) {
-          float* const to = p.activations + row * kMonotonicColumns + kMix + 16 * half + 2 * t;
+        const int row = first_row + 8 * i + g;
+        if (row < n_rows) {
+          float* const to = p.activations + int64_t{row} * kMonotonicColumns + kMix + 16 * half + 2 * t;
           store2(to, mix[i / 2][0][i % 2 * 2], mix[i / 2][0][i % 2 * 2 + 1]);
           store2(to + 8, mix[i / 2][1][i % 2 * 2], mix[i / 2][1][i % 2 * 2 + 1]);
         }
@@ -564,46 +591,94 @@ __global__ void __launch_bounds__(2 * kMostPairs * kWarp, 1)
     const float sum = sum_to_lane(v, t);
     if (half == 1) partial[8 * t + g] = sum;
     __syncthreads();
-    const int64_t row = first_row + 8 * t + g;
-    if (half == 0 && row < p.rows) p.q_tot[row] = sum + partial[8 * t + g] + __ldg(p.packed + at.v_bias);
+    const int row = first_row + 8 * t + g;
+    if (half == 0 && row < n_rows) p.q_tot[row] = sum + partial[8 * t + g] + __ldg(p.packed + at.v_bias);
   }
 }
 
 // ------------------------------------------------------------------------------------------------------------ backward
 
 constexpr int kRows = 16;  // of a warp
-constexpr int kMostWarps = 16, kMostWarpsFull = 8;
+constexpr int kMostWarps = 12, kMostWarpsFull = 8;
 
-// Eight columns of the lane's two rows, as an operand A.
+// Eight columns of the lane's two rows, as an operand A. Each is loaded by itself: of values that came in pairs the
+// compiler makes operands anew for every product.
 __device__ __forceinline__ void load_tile(float (&a)[4], const float* const (&rows)[2], int column) {
-  const float2 upper = load2(rows[0] + column), lower = load2(rows[1] + column);
-  a[0] = upper.x, a[1] = lower.x, a[2] = upper.y, a[3] = lower.y;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = __ldg(rows[i % 2] + column + i / 2);
 }
 
-// gradient * (hidden > 0) of the lane's two rows; `c` is an accumulator, `h` an operand A.
-__device__ __forceinline__ void store_masked(float* const (&rows)[2], const bool (&inside)[2], int column,
-                                             const float (&c)[4], const float (&h)[4]) {
+// Generated weights z of a unit become their gradients, as operand A. That of their positive form is `scale` of the row
+// times `factor` (an operand A too); `sum` is what factor times positive form adds up to. Bit 2 * tile + x % 2 of the
+// bytes of the result is for z[tile][x]: slope 1 in row g, slope -1 in row g, the same in row g + 8.
+template <bool kFull>
+__device__ __forceinline__ uint32_t through_positivity(float (&z)[kEmbedTiles][4],
+                                                       const float (&factor)[kEmbedTiles][4], const float (&scale)[2],
+                                                       float (&sum)[2], uint32_t sign) {
+  float least = 1;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (inside[i]) store2(rows[i] + column, h[i] > 0 ? c[2 * i] : 0, h[2 + i] > 0 ? c[2 * i + 1] : 0);
+  for (int j = 0; j < kEmbedTiles; ++j) {
+#pragma unroll
+    for (int x = 0; x < 4; ++x) least = fminf(least, fabsf(z[j][x]));
   }
-}
-
-// Signs of generated weights z as bits, and the gradient of z from that of its positive form, as operand A.
-template <bool kFull, bool kAbs>
-__device__ __forceinline__ void through_positivity(float (&gradient)[4], uint32_t (&signs)[4], const float (&z)[4],
-                                                   const float (&positive_gradient)[4], int tile) {
+  const bool exact_zeros = sign != 0 && __any_sync(kAllLanes, least == 0);  // rare: their slope is neither
+  uint32_t zero[2] = {}, minus[2] = {};
+  if (exact_zeros) {
 #pragma unroll
-  for (int x = 0; x < 4; ++x) {
-    float value = positive_gradient[x];
-    if constexpr (kAbs) {
-      const uint32_t bit = 1u << (8 * tile + x % 2);  // lane t shifts it to where it belongs when all are collected
-      if (z[x] > 0) signs[x / 2 * 2] |= bit;
-      if (z[x] < 0) signs[x / 2 * 2 + 1] |= bit;
-      value = z[x] > 0 ? value : z[x] < 0 ? -value : 0;
+    for (int j = 0; j < kEmbedTiles; ++j) {
+#pragma unroll
+      for (int x = 0; x < 4; ++x) zero[x / 2] |= (z[j][x] == 0 ? 1u : 0u) << (2 * j + x % 2);
     }
-    gradient[x % 2 * 2 + x / 2] = rounded<kFull>(value);
   }
+  sum[0] = sum[1] = 0;
+#pragma unroll
+  for (int j = kEmbedTiles - 1; j >= 0; --j) {
+    float dz[4];
+#pragma unroll
+    for (int x = 3; x >= 0; --x) {
+      const int i = x % 2 * 2 + x / 2;  // where an operand A has what an accumulator has at x
+      const float value = with_sign(factor[j][i], z[j][x], sign);
+      sum[x / 2] += value * z[j][x];
+      dz[i] = rounded<kFull>(scale[x / 2] * value);
+      minus[x / 2] = __funnelshift_l(__float_as_uint(z[j][x]), minus[x / 2], 1);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) z[j][i] = dz[i];
+  }
+  if (sign == 0) minus[0] = minus[1] = 0;
+  uint32_t plus[2] = {minus[0] ^ 0xffu, minus[1] ^ 0xffu};
+  if (exact_zeros) {
+#pragma unroll
+    for (int j = 0; j < kEmbedTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (zero[i % 2] >> (2 * j + i / 2) & 1) z[j][i] = 0;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      plus[i] &= ~zero[i];
+      minus[i] &= ~zero[i];
+    }
+  }
+  return plus[0] | minus[0] << 8 | plus[1] << 16 | minus[1] << 24;
+}
+
+// Byte t of all lanes of a quad, with their bits where the 32 columns of a row are: lane t has columns 2 t + x % 2 of
+// every tile.
+__device__ __forceinline__ uint32_t byte_to_lane(uint32_t bytes, int t) {
+  constexpr uint32_t kLow = 0xffff, kEven = 0x00ff00ff;
+  const bool odd = t % 2 != 0, upper = t / 2 != 0;
+  const uint32_t half = upper ? bytes >> 16 : bytes & kLow;
+  const uint32_t other = __shfl_xor_sync(kAllLanes, upper ? bytes & kLow : bytes >> 16, 2);
+  const uint32_t pairs = upper ? other | half << 16 : half | other << 16;  // of lanes t % 2 and t % 2 + 2
+  const uint32_t mine = (odd ? pairs >> 8 : pairs) & kEven;
+  const uint32_t theirs = __shfl_xor_sync(kAllLanes, (odd ? pairs : pairs >> 8) & kEven, 1);
+  uint32_t bits = odd ? theirs | mine << 8 : mine | theirs << 8;  // by lane, tile, column
+  uint32_t moved = (bits ^ bits >> 6) & 0x00cc00ccu;              // to tile, lane, column: two steps of a transpose
+  bits ^= moved ^ moved << 6;
+  moved = (bits ^ bits >> 12) & 0x0000f0f0u;
+  return bits ^ moved ^ moved << 12;
 }
 
 // dh += dz W of one tile of e, whose operand A is `dz`.
@@ -617,53 +692,59 @@ __device__ __forceinline__ void go_back(float (&dh)[1][kHiddenTiles][4], const f
   }
 }
 
-template <bool kFull, bool kAbs>
+template <bool kFull>
 __global__ void __launch_bounds__((kFull ? kMostWarpsFull : kMostWarps) * kWarp, 1)
-    backward_rows_kernel(const MonotonicBackwardRowsCuda p, const MonotonicPacked at, int slots) {
+    backward_rows_kernel(const MonotonicBackwardRowsCuda p, const MonotonicPacked at, const Cut cut) {
   extern __shared__ __align__(16) float memory[];
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
-  const int64_t tile_rows = int64_t{blockDim.x} / kWarp * kRows, tiles = (p.rows + tile_rows - 1) / tile_rows;
-  Stream<BackwardChunks> stream({p.packed, at.units, at.transposed, static_cast<int>(p.agents) + 1}, memory, slots,
-                                (tiles - blockIdx.x + gridDim.x - 1) / gridDim.x);
+  const int lane = static_cast<int>(threadIdx.x % kWarp), g = lane / 4, t = lane % 4;
+  const int agents = static_cast<int>(p.agents);
+  const uint32_t sign = sign_bit(p.positivity), real_columns = 0xffffffffu >> (kMonotonicEmbed - p.embed);
+  const int n_rows = static_cast<int>(p.rows), tile_rows = static_cast<int>(blockDim.x / kWarp) * kRows;
+  Stream<BackwardChunks> stream({p.packed, at, p.agents}, memory, cut.slots, cut.mine());
 
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int64_t first_row = tile * tile_rows + threadIdx.x / kWarp * kRows + g;
-    const bool inside[2] = {first_row < p.rows, first_row + 8 < p.rows};
+  for (int tile = blockIdx.x; tile < cut.tiles; tile += gridDim.x) {
+    const int first_row = tile * tile_rows + static_cast<int>(threadIdx.x / kWarp) * kRows + g;
     const float *kept[2], *q_rows[2];
-    float* to[2];
     float grad[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t row = inside[i] ? first_row + 8 * i : p.rows - 1;
+      const int64_t row = min(first_row + 8 * i, n_rows - 1);
       kept[i] = p.activations + row * kMonotonicColumns + 2 * t;
-      to[i] = p.grad_activations + row * kMonotonicColumns + 2 * t;
-      q_rows[i] = p.agent_qs.data + offset(p.agent_qs, row);
       grad[i] = __ldg(p.grad_q_tot + row);
     }
-    uint32_t* const sign_row = p.signs + ((first_row + 8 * (t / 2)) * (p.agents + 1)) * 2 + t % 2;
-    const bool sign_inside = t < 2 ? inside[0] : inside[1];
-    const auto store_signs = [&](const uint32_t (&signs)[4], int64_t unit) {
-      uint32_t word;
-      if constexpr (kAbs) {
-        const uint32_t words[4] = {signs[0] << 2 * t, signs[1] << 2 * t, signs[2] << 2 * t, signs[3] << 2 * t};
-        word = sum_to_lane(words, t);
-      } else {
-        word = t % 2 == 0 ? 0xffffffffu >> (kMonotonicEmbed - p.embed) : 0;
-      }
-      if (sign_inside) sign_row[2 * unit] = word;
+    find_rows(q_rows, p.agent_qs, first_row - g, n_rows, lane);
+    float* const to = p.grad_activations + int64_t{first_row} * kMonotonicColumns + 2 * t;
+    const auto store = [&](int column, int i, float x, float y) {
+      if (first_row + 8 * i < n_rows) store2(to + 8 * i * kMonotonicColumns + column, x, y);
+    };
+    // gradient * (hidden > 0); `c` is an accumulator, `a` an operand A.
+    const auto store_masked = [&](int column, const float (&c)[4], const float (&a)[4]) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) store(column, i, a[i] <= 0 ? 0 : c[2 * i], a[2 + i] <= 0 ? 0 : c[2 * i + 1]);
+    };
+    const int sign_row = first_row + 8 * (t / 2), q_row = first_row + 8 * t;
+    uint32_t* const signs = p.signs + int64_t{sign_row} * (agents + 1) * 2 + t % 2;
+    float* const grad_q = p.grad_agent_qs + int64_t{q_row} * agents;
+    const auto store_signs = [&](uint32_t bytes, int unit) {
+      const uint32_t word = byte_to_lane(bytes, t) & real_columns;
+      if (sign_row < n_rows) signs[2 * unit] = word;
     };
 
     // V, then w2, which the gradient of the mix needs.
     float h[1][kHiddenTiles][4], dh[1][kHiddenTiles][4], z[1][kEmbedTiles][4], mix[kEmbedTiles][4];
+    const auto load_hidden = [&](int column) {
 #pragma unroll
-    for (int j = 0; j < kHiddenTiles; ++j) {
-      load_tile(h[0][j], kept, kHidden2 + 8 * j);
+      for (int j = 0; j < kHiddenTiles; ++j) {
+        load_tile(h[0][j], kept, column + 8 * j);
 #pragma unroll
-      for (int x = 0; x < 4; ++x) {
-        h[0][j][x] = rounded<kFull>(h[0][j][x]);
-        dh[0][j][x] = 0;
+        for (int i = 0; i < 4; ++i) {
+          h[0][j][i] = rounded<kFull>(h[0][j][i]);
+          opaque(h[0][j][i]);  // or it is kept twice, with the bits behind tf32 and without
+          dh[0][j][i] = 0;
+        }
       }
-    }
+    };
+    load_hidden(kHidden2);
 #pragma unroll
     for (int j = 0; j < kEmbedTiles; ++j) load_tile(mix[j], kept, kMix + 8 * j);
 #pragma unroll
@@ -672,82 +753,58 @@ __global__ void __launch_bounds__((kFull ? kMostWarpsFull : kMostWarps) * kWarp,
       float v[4];
       load_tile(v, kept, kV + 8 * j);
       const float gradient[4] = {grad[0] * w.x, grad[0] * w.y, grad[1] * w.x, grad[1] * w.y};
-      store_masked(to, inside, kV + 8 * j, gradient, v);
+      store_masked(kV + 8 * j, gradient, v);
     }
     const float* unit = stream.next();
     generate<kFull>(z, h, unit, 0, lane);
-    uint32_t signs[4] = {};
+    float after[kEmbedTiles][4], sum[2];
 #pragma unroll
     for (int j = 0; j < kEmbedTiles; ++j) {
-      float from_mix[4], dz[4];
 #pragma unroll
       for (int x = 0; x < 4; ++x) {
-        const float before = mix[j][x % 2 * 2 + x / 2], grad_row = grad[x / 2];
-        const float after = elu(before);
-        from_mix[x] = grad_row * after;
-        const bool real = 8 * j + 2 * t + x % 2 < p.embed;  // elsewhere an infinite gradient would make it NaN
-        mix[j][x % 2 * 2 + x / 2] =
-            real ? grad_row * positive<kAbs>(z[0][j][x]) * (before > 0 ? 1.0f : after + 1.0f) : 0.0f;
+        const int i = x % 2 * 2 + x / 2;
+        const float before = mix[j][i], w2 = with_sign(z[0][j][x], z[0][j][x], sign);
+        after[j][i] = elu(before);
+        // In the padding an infinite gradient would make NaN.
+        const bool is_real = 8 * j + 2 * t + x % 2 < p.embed;
+        mix[j][i] = is_real ? grad[x / 2] * w2 * (before > 0 ? 1 : after[j][i] + 1) : 0;
       }
-      through_positivity<kFull, kAbs>(dz, signs, z[0][j], from_mix, j);
-      go_back<kFull>(dh, dz, unit + kUnit, j, lane);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (inside[i]) store2(to[i] + kMix + 8 * j, mix[j][i], mix[j][2 + i]);
-      }
+      store(kMix + 8 * j, 0, mix[j][0], mix[j][2]);
+      store(kMix + 8 * j, 1, mix[j][1], mix[j][3]);
     }
-    store_signs(signs, p.agents);
+    store_signs(through_positivity<kFull>(z[0], after, grad, sum, sign), agents);
 #pragma unroll
-    for (int j = 0; j < kHiddenTiles; ++j) store_masked(to, inside, kHidden2 + 8 * j, dh[0][j], h[0][j]);
+    for (int j = 0; j < kEmbedTiles; ++j) go_back<kFull>(dh, z[0][j], unit + kUnit, j, lane);
+#pragma unroll
+    for (int j = 0; j < kHiddenTiles; ++j) store_masked(kHidden2 + 8 * j, dh[0][j], h[0][j]);
 
     // The agents.
-#pragma unroll
-    for (int j = 0; j < kHiddenTiles; ++j) {
-      load_tile(h[0][j], kept, kHidden1 + 8 * j);
-#pragma unroll
-      for (int x = 0; x < 4; ++x) {
-        h[0][j][x] = rounded<kFull>(h[0][j][x]);
-        dh[0][j][x] = 0;
-      }
-    }
+    load_hidden(kHidden1);
     float q[2] = {__ldg(q_rows[0]), __ldg(q_rows[1])};
-    float* const grad_q = p.grad_agent_qs + (first_row + 8 * (t % 2)) * p.agents;
-    const bool grad_q_inside = t < 2 && (t == 0 ? inside[0] : inside[1]) && p.grad_agent_qs != nullptr;
-    for (int64_t agent = 0; agent < p.agents; ++agent) {
+    const bool stores_q = t < 2 && q_row < n_rows && p.grad_agent_qs != nullptr;
+    for (int agent = 0; agent < agents; ++agent) {
       float next_q[2] = {};
-      if (agent + 1 < p.agents) {
+      if (agent + 1 < agents) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) next_q[i] = __ldg(q_rows[i] + (agent + 1) * p.agent_qs.column_stride);
       }
       unit = stream.next();
       generate<kFull>(z, h, unit, 0, lane);
-      uint32_t agent_signs[4] = {};
-      float dq[2] = {};
+      const uint32_t bytes = through_positivity<kFull>(z[0], mix, q, sum, sign);
 #pragma unroll
-      for (int j = 0; j < kEmbedTiles; ++j) {
-        float from_mix[4], dz[4];
-#pragma unroll
-        for (int x = 0; x < 4; ++x) {
-          const float gradient = mix[j][x % 2 * 2 + x / 2];
-          dq[x / 2] += gradient * positive<kAbs>(z[0][j][x]);
-          from_mix[x] = q[x / 2] * gradient;
-        }
-        through_positivity<kFull, kAbs>(dz, agent_signs, z[0][j], from_mix, j);
-        go_back<kFull>(dh, dz, unit + kUnit, j, lane);
-      }
-      store_signs(agent_signs, agent);
-      const float dq_row = sum_to_lane(dq, t);
-      if (grad_q_inside) grad_q[agent] = dq_row;
+      for (int j = 0; j < kEmbedTiles; ++j) go_back<kFull>(dh, z[0][j], unit + kUnit, j, lane);
+      store_signs(bytes, agent);
+      const float dq = sum_to_lane(sum, t);
+      if (stores_q) grad_q[agent] = dq;
       q[0] = next_q[0];
       q[1] = next_q[1];
     }
 #pragma unroll
-    for (int j = 0; j < kHiddenTiles; ++j) store_masked(to, inside, kHidden1 + 8 * j, dh[0][j], h[0][j]);
+    for (int j = 0; j < kHiddenTiles; ++j) store_masked(kHidden1 + 8 * j, dh[0][j], h[0][j]);
   }
 }
 
-// --------------------------------------------------------------------------------------------------------------
-// launches
+// ------------------------------------------------------------------------------------------------------------ launches
 
 constexpr int kOldest = 80;  // capability with tf32 and asynchronous copies
 
@@ -761,8 +818,8 @@ int64_t per_block(int64_t items, int most, int multiprocessors) {
 }
 
 struct Launch {
+  Cut cut;
   unsigned blocks, threads;
-  int slots;
   size_t shared;
 };
 
@@ -774,14 +831,16 @@ Launch plan(const Device& device, int64_t items, int most, int warps, int own, i
     return static_cast<size_t>(slots * Chunks::kFloats + in_block * own) * sizeof(float);
   };
   const auto limit = static_cast<size_t>(device.shared_memory);
-  int slots = chunks < 3 ? chunks : 3;
-  while (slots > 2 && bytes(slots, most < 4 ? most : 4) > limit) --slots;
+  int slots = chunks < 3 || bytes(3, most) > limit ? 2 : 3;
   while (most > 1 && bytes(slots, most) > limit) --most;
   const int64_t in_block = per_block(items, most, device.multiprocessors);
   if (bytes(chunks, in_block) <= limit) slots = chunks;
-  const int64_t tiles = ceil_div(items, in_block);
-  return {static_cast<unsigned>(tiles < device.multiprocessors ? tiles : device.multiprocessors),
-          static_cast<unsigned>(in_block * warps * kWarp), slots, bytes(slots, in_block)};
+  const int tiles = static_cast<int>(ceil_div(items, in_block));
+  const int blocks = tiles < device.multiprocessors ? tiles : device.multiprocessors;
+  return {{tiles, tiles / blocks, tiles % blocks, slots},
+          static_cast<unsigned>(blocks),
+          static_cast<unsigned>(in_block * warps * kWarp),
+          bytes(slots, in_block)};
 }
 
 const char* too_old(const Device& device) {
@@ -812,29 +871,26 @@ const char* monotonic_forward_cuda(const MonotonicForwardCuda& p, void* stream) 
   const Device& device = current_device();
   if (const char* error = too_old(device)) return error;
   if (p.rows == 0) return nullptr;
-  const int chunks = ForwardChunks::first_chunks(ceil_div(p.state_dim, 8)) + ForwardChunks::unit_chunks(p.agents);
+  const MonotonicPacked at = monotonic_packed(p.agents, p.state_dim);
+  const int chunks = ForwardChunks(p.packed, at, p.state_dim, p.agents).count;
   const Launch l =
       plan<ForwardChunks>(device, ceil_div(p.rows, kPairRows), kMostPairs, 2, kExchange + kPartial, chunks);
   // Whether two neighbours of a row can be loaded at once, and neither lies behind its end.
   const bool in_pairs = p.state_dim % 2 == 0 && p.states.outer_stride % 2 == 0 && p.states.inner_stride % 2 == 0 &&
                         reinterpret_cast<uintptr_t>(p.states.data) % sizeof(float2) == 0;
-  const bool is_abs = p.positivity == Positivity::abs;
-  const auto kernel = p.full_precision ? (is_abs ? forward_kernel<true, true> : forward_kernel<true, false>)
-                                       : (is_abs ? forward_kernel<false, true> : forward_kernel<false, false>);
-  return launch(kernel, l, stream, p, monotonic_packed(p.agents, p.state_dim), l.slots, in_pairs);
+  const auto kernel = p.full_precision ? forward_kernel<true> : forward_kernel<false>;
+  return launch(kernel, l, stream, p, at, l.cut, in_pairs);
 }
 
 const char* monotonic_backward_rows_cuda(const MonotonicBackwardRowsCuda& p, void* stream) {
   const Device& device = current_device();
   if (const char* error = too_old(device)) return error;
   if (p.rows == 0) return nullptr;
+  const MonotonicPacked at = monotonic_packed(p.agents, p.state_dim);
   const Launch l = plan<BackwardChunks>(device, ceil_div(p.rows, kRows), p.full_precision ? kMostWarpsFull : kMostWarps,
-                                        1, 0, static_cast<int>(p.agents) + 1);
-  const bool is_abs = p.positivity == Positivity::abs;
-  const auto kernel = p.full_precision
-                          ? (is_abs ? backward_rows_kernel<true, true> : backward_rows_kernel<true, false>)
-                          : (is_abs ? backward_rows_kernel<false, true> : backward_rows_kernel<false, false>);
-  return launch(kernel, l, stream, p, monotonic_packed(p.agents, p.state_dim), l.slots);
+                                        1, 0, BackwardChunks(p.packed, at, p.agents).count);
+  const auto kernel = p.full_precision ? backward_rows_kernel<true> : backward_rows_kernel<false>;
+  return launch(kernel, l, stream, p, at, l.cut);
 }
 
 }  // namespace fastmix

@@ -84,6 +84,7 @@ FASTMIX_DECLARE(void monotonic_backward(const MonotonicBackward<double>& p))
 // hidden of w2 [64, 128), b1 [128, 160), hidden of V [160, 192).
 inline constexpr int kMonotonicHidden = 64, kMonotonicEmbed = 32;
 inline constexpr int kMonotonicColumns = 2 * kMonotonicHidden + 2 * kMonotonicEmbed;
+inline constexpr int64_t kMonotonicCudaRows = int64_t{1} << 30;  // at most, since kernels count rows in 32 bits
 
 struct MonotonicCudaShape {
   int64_t rows, agents, embed, hidden, state_dim;
@@ -92,10 +93,11 @@ struct MonotonicCudaShape {
 };
 
 // The parameters as the kernels read them, made by one launch per step: offsets in floats. A unit is one agent's
-// weights or, before the first agent's, those of w2: matrix [32, 64] in fragments (mma.cuh) and its bias [32].
+// weights or, before the first agent's, those of w2: a matrix [32, 64] in fragments (mma.cuh) and its bias in pairs,
+// each twice.
 struct MonotonicPacked {
   static constexpr int kFirstStep = 8 * kMonotonicColumns;  // of `first`: eight state features
-  static constexpr int kMatrix = kMonotonicEmbed * kMonotonicHidden, kUnit = kMatrix + kMonotonicEmbed;
+  static constexpr int kMatrix = kMonotonicEmbed * kMonotonicHidden, kUnit = kMatrix + 2 * kMonotonicEmbed;
 
   int64_t first;       // [state_dim / 8, rounded up] steps
   int64_t units;       // [1 + A, kUnit]
