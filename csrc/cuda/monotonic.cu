@@ -488,9 +488,9 @@ __global__ void __launch_bounds__(2 * kMostPairs * kWarp, 1)
       for (int j = 0; j < kHiddenTiles; ++j) {
         float (&h)[4] = c[m][j];
 #pragma unroll
-        for (int x = 0; x < 4; ++x) h[x] = relu(h[x]);
+        for (int x = 0; x < 4; ++x) h[x] = rounded<kFull>(relu(h[x]));
         *reinterpret_cast<float4*>(exchange + (((half * 2 + m) * kHiddenTiles + j) * kWarp + lane) * 4) =
-            make_float4(rounded<kFull>(h[0]), rounded<kFull>(h[2]), rounded<kFull>(h[1]), rounded<kFull>(h[3]));
+            make_float4(h[0], h[2], h[1], h[3]);
       }
     }
     if (p.activations != nullptr) {
@@ -737,11 +737,7 @@ __global__ void __launch_bounds__((kFull ? kMostWarpsFull : kMostWarps) * kWarp,
       for (int j = 0; j < kHiddenTiles; ++j) {
         load_tile(h[0][j], kept, column + 8 * j);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          h[0][j][i] = rounded<kFull>(h[0][j][i]);
-          opaque(h[0][j][i]);  // or it is kept twice, with the bits behind tf32 and without
-          dh[0][j][i] = 0;
-        }
+        for (int i = 0; i < 4; ++i) dh[0][j][i] = 0;
       }
     };
     load_hidden(kHidden2);

@@ -134,7 +134,8 @@ def expect(problem: Problem, precision: str) -> tuple[Results, Tensor]:
     grad_qs, *grads = torch.autograd.grad(q_tot, [qs, *first], problem.grad.double())
     generated = torch.cat([z1, z2.unsqueeze(1)], 1)
     slopes = generated.sign() if problem.positivity == "abs" else torch.ones_like(generated)
-    return Results(q_tot, [h1, h2, mix, hv], grad_qs, grads, slopes.long()), generated
+    kept = [h1, h2] if precision == "full" else [rounded(h1), rounded(h2)]
+    return Results(q_tot, [*kept, mix, hv], grad_qs, grads, slopes.long()), generated
 
 
 def assert_parity(problem: Problem, precision: str) -> None:
