@@ -110,8 +110,20 @@ T* buffer(Address address, int64_t elements, const char* name) {
 // Gradients that lie one behind the other, in the order of the parameters.
 Addresses addresses_from(Address first, const MonotonicCudaShape& s) {
   const int64_t hidden = s.hidden * s.state_dim, direct = s.embed * s.state_dim, generated = s.agents * s.embed;
-  const std::array<int64_t, 14> sizes = {hidden,  s.hidden, generated * s.hidden, generated, hidden,  s.hidden, s.embed * s.hidden,
-                                         s.embed, direct,   s.embed,              direct,    s.embed, s.embed,  1};
+  const std::array<int64_t, 14> sizes = {hidden,
+                                         s.hidden,
+                                         generated * s.hidden,
+                                         generated,
+                                         hidden,
+                                         s.hidden,
+                                         s.embed * s.hidden,
+                                         s.embed,
+                                         direct,
+                                         s.embed,
+                                         direct,
+                                         s.embed,
+                                         s.embed,
+                                         1};
   Addresses result;
   for (size_t i = 0; i < result.size(); ++i) {
     result[i] = first;
@@ -123,7 +135,8 @@ Addresses addresses_from(Address first, const MonotonicCudaShape& s) {
 // The last argument is the stream, a cudaStream_t as an integer.
 void register_cuda(py::module_& m) {
   m.def(
-      "monotonic_packed_cuda", [](int64_t agents, int64_t state_dim) { return monotonic_packed(agents, state_dim).total; },
+      "monotonic_packed_cuda",
+      [](int64_t agents, int64_t state_dim) { return monotonic_packed(agents, state_dim).total; },
       "Floats of packed parameters.");
   m.def("monotonic_pack_cuda",
         [](const Addresses& parameters, Address packed, const Sizes& sizes, bool full_precision, Address stream) {

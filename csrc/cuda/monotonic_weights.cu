@@ -11,9 +11,10 @@
 // add_parts_kernel     Both leave one sum for each part of the rows; this adds them, the warps of a block side by side,
 //     and writes what is no padding.
 //
-// Parts follow from the sizes and the number of multiprocessors alone and are added in a fixed order, so every run gives
-// the same bits. Operands come to shared memory by asynchronous copies some tiles ahead. Rows of a tile are 8 (modulo
-// 32) floats apart there: what the lanes of a fragment (mma.cuh) read, four rows of eight columns, falls into 32 banks.
+// Parts follow from the sizes and the number of multiprocessors alone and are added in a fixed order, so every run
+// gives the same bits. Operands come to shared memory by asynchronous copies some tiles ahead. Rows of a tile are 8
+// (modulo 32) floats apart there: what the lanes of a fragment (mma.cuh) read, four rows of eight columns, falls into
+// 32 banks.
 #include "cuda/launch.cuh"
 #include "cuda/mma.cuh"
 #include "fastmix/monotonic.h"
@@ -33,9 +34,9 @@ using Problem = MonotonicBackwardWeightsCuda;
 
 // How the work is cut up.
 struct Cut {
-  int slots, groups, agents;        // second layer: `groups` of up to `agents` agents, in a kernel made for `slots`
-  int second_rows, second_parts;    // rows in shared memory at once; parts of the rows
-  int tiles, blocks;                // first layer: `blocks` along the states, of 16 * `tiles` columns each
+  int slots, groups, agents;      // second layer: `groups` of up to `agents` agents, in a kernel made for `slots`
+  int second_rows, second_parts;  // rows in shared memory at once; parts of the rows
+  int tiles, blocks;              // first layer: `blocks` along the states, of 16 * `tiles` columns each
   int first_rows, first_parts;
   int64_t second_size, first_size;  // floats of a part
   int64_t first_parts_at;           // the second layer's parts, then the first layer's
@@ -332,7 +333,7 @@ __device__ __forceinline__ void store_part(SecondSums<kSlots + 1>& sums, const S
     for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float(&sum)[4] = sums.weight[u][i];
+        const float (&sum)[4] = sums.weight[u][i];
 #pragma unroll
         for (int c = 0; c < 2; ++c) weights[((u * 4 + i) * 2 + c) * kHalf] = make_float2(sum[c], sum[2 + c]);
       }
@@ -349,7 +350,7 @@ __device__ __forceinline__ void store_part(SecondSums<kSlots + 1>& sums, const S
         const int64_t unit = u == kSlots ? units - 1 : work.first + u;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float(&sum)[4] = sums.weight[u][i];
+          const float (&sum)[4] = sums.weight[u][i];
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             const float2 other = weights[((u * 4 + i) * 2 + c) * kHalf];
@@ -494,7 +495,8 @@ __global__ void __launch_bounds__(kThreads, 1) first_layer_kernel(const Problem 
     if (n + kFirstStages - 1 < tiles) fetch(n + kFirstStages - 1);
     end_copies();
     const float* const grad = memory + n % kFirstStages * stage_size + t * kGradStride + grad_column + 2 * g;
-    const float* const state = memory + n % kFirstStages * stage_size + rows * kGradStride + t * kStride + state_column + g;
+    const float* const state =
+        memory + n % kFirstStages * stage_size + rows * kGradStride + t * kStride + state_column + g;
     const int64_t left = end - begin - n * rows;
     const int steps = static_cast<int>((left < rows ? left : rows) + kStep - 1) / kStep;
     for (int step = 0; step < steps; ++step) {

@@ -124,7 +124,7 @@ struct MonotonicPackCuda : MonotonicCudaShape {  // rows do not matter
 struct MonotonicForwardCuda : MonotonicCudaShape {
   StridedRows<float> agent_qs, states;  // states with column_stride 1
   const float* packed;
-  float* q_tot;        // [rows]
+  float* q_tot;  // [rows]
   // [rows, 192]: the columns above after their ReLU, b1's the mix before its ELU; the hidden layers of w1 and w2 as
   // operands, rounded to tf32 unless precision is full. Null: not kept.
   float* activations;

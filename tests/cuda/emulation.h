@@ -382,7 +382,9 @@ void launch(const Config& c, const Kernel& kernel) {
 
 }  // namespace emulation
 
-extern "C" __attribute__((weak, visibility("default"))) void emulation_descending(bool on) { emulation::descending = on; }
+extern "C" __attribute__((weak, visibility("default"))) void emulation_descending(bool on) {
+  emulation::descending = on;
+}
 
 extern "C" __attribute__((weak, visibility("default"))) void emulation_device(int index) { emulation::device = index; }
 

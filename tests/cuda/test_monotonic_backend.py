@@ -216,9 +216,10 @@ def test_limit() -> None:
         return cuda.limit(*problem[:3], positivity)
 
     assert limit() is None and limit(64, 4096, "none", E=32, H=64) is None and limit(1, 1, E=1, H=1) is None
-    for reason, changes in {
+    cases: dict[str, dict[str, Any]] = {
         "float32": {"dtype": torch.float64}, "two layers": {"layers": 1}, "positivity": {"positivity": "softplus"},
         "layers of up to 64": {"H": 65}, "embed of up to 32": {"E": 33}, "64 agents": {"A": 65}, "4096": {"S": 4097},
-    }.items():  # fmt: skip
+    }  # fmt: skip
+    for reason, changes in cases.items():
         assert reason in str(limit(**changes))
     assert backends.TABLE["monotonic"]["cuda"] == ("native", "triton", "reference")

@@ -20,13 +20,30 @@ INPUTS: Final = "Tensor agent_qs, Tensor states, " + ", ".join(
 """Of an op's schema: agent_qs, states and the parameters."""
 
 
-def unpack(
-    agent_qs: Tensor, states: Tensor, params: tuple[Tensor | None, ...]
-) -> tuple[Tensor, list[int], tuple[int, int, int, int, int], tuple[Tensor | None, ...]]:
-    """States with dense rows, addresses of dense parameters, sizes as the core takes them, what owns the addresses."""
-    if states.stride(-1) != 1:
-        logger.debug("monotonic copies states of shape %s and strides %s", tuple(states.shape), states.stride())
-        states = states.clone(memory_format=torch.contiguous_format)
+Sizes = tuple[int, int, int, int, int]
+"""Rows, agents, embed, hidden (0 with one layer), state features"""
+
+
+def sizes_of(agent_qs: Tensor, states: Tensor, params: tuple[Tensor | None, ...]) -> Sizes:
+    """As the core takes them."""
+    hidden, embed = params[1], params[9]
+    assert embed is not None
+    agents = agent_qs.shape[-1]
+    return (
+        agent_qs.numel() // agents, agents, embed.shape[0], 0 if hidden is None else hidden.shape[0], states.shape[-1],
+    )  # fmt: skip
+
+
+def with_dense_rows(states: Tensor) -> Tensor:
+    """``states``, or a copy where a row has gaps."""
+    if states.stride(-1) == 1:
+        return states
+    logger.debug("monotonic copies states of shape %s and strides %s", tuple(states.shape), states.stride())
+    return states.clone(memory_format=torch.contiguous_format)
+
+
+def dense_params(params: tuple[Tensor | None, ...]) -> tuple[list[int], tuple[Tensor | None, ...]]:
+    """Addresses of dense parameters, and what owns them."""
     addresses = []
     for index, param in enumerate(params):
         if param is not None and not param.is_contiguous():
@@ -34,13 +51,7 @@ def unpack(
             params = (*params[:index], param.contiguous(), *params[index + 1 :])
             param = params[index]
         addresses.append(0 if param is None else param.data_ptr())
-    hidden, embed = params[1], params[9]
-    assert embed is not None
-    agents = agent_qs.shape[-1]
-    sizes = (
-        agent_qs.numel() // agents, agents, embed.shape[0], 0 if hidden is None else hidden.shape[0], states.shape[-1],
-    )  # fmt: skip
-    return states, addresses, sizes, params
+    return addresses, params
 
 
 def layout(tensor: Tensor) -> tuple[int, int, int, int, int]:

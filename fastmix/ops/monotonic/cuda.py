@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from fastmix.ops import _library
-from fastmix.ops.monotonic.arguments import INPUTS, POSITIVITY_CODES, layout, unpack
+from fastmix.ops.monotonic.arguments import (
+    INPUTS,
+    POSITIVITY_CODES,
+    Sizes,
+    dense_params,
+    layout,
+    sizes_of,
+    with_dense_rows,
+)
 from fastmix.ops.monotonic.types import MonotonicParams
 
 _HIDDEN: Final = 64
@@ -65,7 +73,11 @@ def _forward(agent_qs: Tensor, states: Tensor, *rest: Any) -> tuple[Tensor, Tens
     from fastmix import _core
 
     params, (positivity, training) = rest[:14], rest[14:]
-    states, addresses, sizes, dense = unpack(agent_qs, states, params)
+    sizes, states, (addresses, dense) = (
+        sizes_of(agent_qs, states, params),
+        with_dense_rows(states),
+        dense_params(params),
+    )
     q_tot = torch.empty((*agent_qs.shape[:-1], 1), dtype=torch.float32, device=agent_qs.device)
     kept = torch.empty(_kept_size(sizes, training), dtype=torch.float32, device=agent_qs.device)
     packed, full = kept.data_ptr(), _full_precision()
@@ -84,7 +96,7 @@ def _backward_forward(grad_q_tot: Tensor, agent_qs: Tensor, states: Tensor, *res
     from fastmix import _core
 
     params, (kept, positivity, wants_states, wants_params) = rest[:14], rest[14:]
-    states, _, sizes, _ = unpack(agent_qs, states, params)
+    sizes, states = sizes_of(agent_qs, states, params), with_dense_rows(states)
     device, queue_on, full = agent_qs.device, _library.queue_on, _full_precision()
     rows, agents = sizes[:2]
     signs_size = (rows * (agents + 1) + 1) // 2 * 4  # two words each, in all a multiple of 16 bytes
@@ -113,7 +125,7 @@ def _backward_forward(grad_q_tot: Tensor, agent_qs: Tensor, states: Tensor, *res
     return grad_qs, grad_states, grad_params
 
 
-def _grad_states(workspace: Tensor, states: Tensor, params: tuple[Tensor, ...], sizes: tuple[int, ...]) -> Tensor:
+def _grad_states(workspace: Tensor, states: Tensor, params: tuple[Tensor, ...], sizes: Sizes) -> Tensor:
     """Rarely wanted, so left to the library: the gradient of the first layers' outputs times their weights."""
     grad = workspace[: sizes[0] * _COLUMNS].view(-1, _COLUMNS)
     total: Tensor | None = None
@@ -125,7 +137,7 @@ def _grad_states(workspace: Tensor, states: Tensor, params: tuple[Tensor, ...], 
     return total.view(states.shape)
 
 
-def _kept_size(sizes: tuple[int, ...], training: bool) -> int:
+def _kept_size(sizes: Sizes, training: bool) -> int:
     return _packed_size(int(sizes[1]), int(sizes[4])) + (sizes[0] * _COLUMNS if training else 0)
 
 
@@ -136,7 +148,7 @@ def _packed_size(agents: int, state_dim: int) -> int:
     return _core.monotonic_packed_cuda(agents, state_dim)
 
 
-def _parameters(sizes: tuple[int, ...]) -> int:
+def _parameters(sizes: Sizes) -> int:
     """How many numbers the 14 parameters have."""
     _, A, E, H, S = sizes
     return (A + 1) * E * (H + 1) + 2 * (H + E) * (S + 1) + E + 1
@@ -183,15 +195,14 @@ def _backward(ctx: Any, grad_q_tot: Tensor | None, *_: None) -> tuple[Tensor | N
     grad_qs, grad_states, flat = _monotonic_backward(grad_q_tot, *saved, ctx.positivity, needs[1], wants_params)
     grads: tuple[Tensor | None, ...] = (None,) * 14
     if wants_params:
-        grads = tuple(g if n else None for g, n in zip(_split(flat, saved[2:16]), needs[2:16], strict=True))
+        grads = tuple(g if n else None for g, n in zip(_split(flat, list(saved[2:16])), needs[2:16], strict=True))
     return (grad_qs if needs[0] else None, grad_states if needs[1] else None, *grads, None, None)
 
 
-def _split(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+def _split(flat: Tensor, like: list[Tensor]) -> Sequence[Tensor]:
     """Views of ``flat``, one behind the other, shaped like the parameters."""
-    if type(flat) is Tensor:
-        views: Sequence[Tensor] = torch._C._nn.unflatten_dense_tensors(flat, like)  # one call; knows no symbolic sizes
-        return views
+    if type(flat) is Tensor:  # in one call, which knows no symbolic sizes
+        return torch._C._nn.unflatten_dense_tensors(flat, like)
     return [part.view(p.shape) for part, p in zip(flat.split([p.numel() for p in like]), like, strict=True)]
 
 
