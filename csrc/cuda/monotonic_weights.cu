@@ -51,15 +51,19 @@ __device__ __forceinline__ int64_t first_row(int64_t rows, int part, int parts) 
   return row < rows ? row : rows;
 }
 
-// An operand of the matrix units, and with full precision what it lacks of float32.
+// An operand of the matrix units, and with full precision what it lacks of float32 (but for 2^-22 of it).
 template <bool kFull>
 struct Operand {
   float high, low;
 
   // `rounded`: x is tf32 already, unless precision is full.
   __device__ __forceinline__ static Operand of(float x, bool rounded = false) {
-    const float high = rounded && !kFull ? x : to_tf32(x);
-    return {high, kFull ? to_tf32(x - high) : 0};
+    if constexpr (kFull) {
+      const float high = __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u);
+      return {high, x - high};  // the latter is NaN where x is, whatever became of the former
+    } else {
+      return {rounded ? x : to_tf32(x), 0};
+    }
   }
 };
 
@@ -381,19 +385,19 @@ __global__ void __launch_bounds__(kThreads, 1) second_layer_kernel(const Problem
   const int g = lane / 4, t = lane % 4, column = warp % 4 * 8 + g, slice = warp / 4;
   const SecondWork work(p, cut);
   const int rows = cut.second_rows;
-  const auto stage = [&](int64_t n) {
+  const auto stage = [&](int n) {
     return SecondTile<kSlots>(memory + n % kSecondStages * (rows * SecondTile<kSlots>::kRow), rows);
   };
-  const int64_t tiles = (work.end - work.begin + rows - 1) / rows;
+  const auto tiles = static_cast<int>((work.end - work.begin + rows - 1) / rows);
   SecondFetch<kSlots> fetch(p, work, rows);
   for (int n = 0; n < kSecondStages - 1; ++n) {
     if (n < tiles) fetch.next(stage(n));
     end_copies();
   }
   SecondSums<kSlots + 1> sums;
-  for (int64_t n = 0; n < tiles; ++n) {
+  for (int n = 0; n < tiles; ++n) {
     const SecondTile<kSlots> tile = stage(n);
-    const int64_t left = work.end - work.begin - n * rows;
+    const int64_t left = work.end - work.begin - int64_t{n} * rows;
     copies_arrived<kSecondStages - 2>();
     const bool has_zero = __syncthreads_or(fetch.brought_zero(tile, left));
     if (n + kSecondStages - 1 < tiles) fetch.next(stage(n + kSecondStages - 1));
@@ -451,7 +455,8 @@ __global__ void __launch_bounds__(kThreads, 1) first_layer_kernel(const Problem 
   const int rows = cut.first_rows, stage_size = rows * (kGradStride + kStride);
   const int64_t begin = first_row(p.rows, static_cast<int>(blockIdx.y), cut.first_parts);
   const int64_t end = first_row(p.rows, static_cast<int>(blockIdx.y) + 1, cut.first_parts);
-  const int64_t tiles = (end - begin + rows - 1) / rows, start = int64_t{blockIdx.x} * kStates;
+  const auto tiles = static_cast<int>((end - begin + rows - 1) / rows);
+  const int64_t start = int64_t{blockIdx.x} * kStates;
   const int columns = static_cast<int>(p.state_dim - start < kStates ? p.state_dim - start : kStates);
 
   // Behind the states a column of ones, then zeros: no copy writes there.
@@ -462,9 +467,9 @@ __global__ void __launch_bounds__(kThreads, 1) first_layer_kernel(const Problem 
   constexpr int kGradThreads = 16, kGradRows = kThreads / kGradThreads;  // of a row; rows at a time
   const float* grads = p.grad_activations + (begin + thread / kGradThreads) * kColumns + thread % kGradThreads * 4;
   Walk states(p.states, begin + warp);
-  const auto fetch = [&](int64_t n) {
+  const auto fetch = [&](int n) {
     float* const grad = memory + n % kFirstStages * stage_size;
-    const int64_t left = end - begin - n * rows;
+    const int64_t left = end - begin - int64_t{n} * rows;
     for (int r = thread / kGradThreads; r < rows; r += kGradRows, grads += kGradRows * kColumns) {
       float* const to = grad + r * kGradStride + thread % kGradThreads * 4;
 #pragma unroll
@@ -489,7 +494,7 @@ __global__ void __launch_bounds__(kThreads, 1) first_layer_kernel(const Problem 
 
   float c[kGradTiles][kTiles][4] = {};
   const int grad_column = warp % kGradWarps * (16 * kGradTiles), state_column = warp / kGradWarps * (8 * kTiles);
-  for (int64_t n = 0; n < tiles; ++n) {
+  for (int n = 0; n < tiles; ++n) {
     copies_arrived<kFirstStages - 2>();
     __syncthreads();
     if (n + kFirstStages - 1 < tiles) fetch(n + kFirstStages - 1);
@@ -497,7 +502,7 @@ __global__ void __launch_bounds__(kThreads, 1) first_layer_kernel(const Problem 
     const float* const grad = memory + n % kFirstStages * stage_size + t * kGradStride + grad_column + 2 * g;
     const float* const state =
         memory + n % kFirstStages * stage_size + rows * kGradStride + t * kStride + state_column + g;
-    const int64_t left = end - begin - n * rows;
+    const int64_t left = end - begin - int64_t{n} * rows;
     const int steps = static_cast<int>((left < rows ? left : rows) + kStep - 1) / kStep;
     for (int step = 0; step < steps; ++step) {
       const float* const grad_step = grad + step * kStep * kGradStride;
