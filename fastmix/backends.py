@@ -24,7 +24,7 @@ NAMES: Final = ("reference", "native", "triton")
 # op -> device -> backends, the preferred one first. "native" is the compiled core, "reference" is plain PyTorch and is
 # always possible. Source of the order: the op tables of `fastmix bench ops` (benchmarks/results/).
 TABLE: Final[dict[str, dict[str, tuple[str, ...]]]] = {
-    op: {"cpu": ("native", "reference"), "cuda": ("native", "reference") if op == "returns" else ("reference",)}
+    op: {"cpu": ("native", "reference"), "cuda": ("reference",) if op == "recurrent" else ("native", "reference")}
     for op in ("select", "returns", "recurrent", "monotonic", "td_loss", "optimise")
 }
 # On the CPU Triton only interprets, for tests; it is never chosen there.

@@ -1,11 +1,11 @@
 // CUDA C++ on the host, for tests without a GPU: a kernel file becomes a translation unit of ordinary C++. The kernel
 // files of an op share what follows.
 //
-// Blocks run one after another. All threads of a block are alive at once, as fibers that a scheduler resumes in turn
-// and that give way only where CUDA threads meet: __syncthreads, __syncwarp, shuffles and votes. A run is therefore
-// deterministic, and `emulation_descending` runs the threads of a block in the opposite order: a result that depends on
-// the order lacks a barrier. Shared memory is filled with 0xff (NaN, -1) when a block starts. Threads that wait for
-// each other for ever, impossible launches and __trap() are reported as the launch's error.
+// Blocks run one after another. All threads of a block are alive at once, as fibers that give way only where CUDA
+// threads meet: __syncthreads, __syncwarp, shuffles and votes. A warp goes on as far as it can before the next one
+// does. A run is therefore deterministic, and `emulation_descending` takes warps and lanes in the opposite order: a
+// result that depends on the order lacks a barrier. Shared memory is filled with 0xff (NaN, -1) when a block starts.
+// Threads that wait for each other for ever, impossible launches and __trap() are reported as the launch's error.
 //
 // emulate.py has turned `kernel<<<...>>>(...)` into calls of `emulation::launch` and `__shared__` declarations into
 // references to emulated memory.
@@ -314,6 +314,20 @@ __attribute__((noinline)) inline void resume(unsigned index) {
   start(thread);
 }
 
+// Every thread of the warp that can go on does so until it waits or ends; false when none can.
+inline bool resume_warp(unsigned warp) {
+  bool moved = false;
+  for (unsigned i = 0; i < kLanes && error.empty(); ++i) {
+    const unsigned index = warp * kLanes + (descending ? kLanes - 1 - i : i);
+    if (index >= n_threads) continue;
+    const Thread& thread = threads[index];
+    if (thread.finished || (thread.waits != nullptr && thread.waits->turn == thread.turn)) continue;
+    resume(index);
+    moved = true;
+  }
+  return moved;
+}
+
 inline void run_block() {
   std::memset(shared_memory, 0xff, sizeof(shared_memory));
   statics.clear();
@@ -330,12 +344,8 @@ inline void run_block() {
   }
   while (n_finished < n_threads && error.empty()) {
     bool moved = false;
-    for (unsigned i = 0; i < n_threads && error.empty(); ++i) {
-      const unsigned index = descending ? n_threads - 1 - i : i;
-      const Thread& thread = threads[index];
-      if (thread.finished || (thread.waits != nullptr && thread.waits->turn == thread.turn)) continue;
-      resume(index);
-      moved = true;
+    for (unsigned i = 0; i < warps.size(); ++i) {
+      while (resume_warp(descending ? static_cast<unsigned>(warps.size()) - 1 - i : i)) moved = true;
     }
     if (!moved) {
       const auto waiting = std::find_if(threads.begin(), threads.begin() + n_threads,
@@ -500,6 +510,7 @@ inline void copies_arrived(size_t pending) {
 
 inline void __threadfence() {}
 inline void __threadfence_block() {}
+#define emulated_assert(condition) ((condition) ? void() : emulation::fail("assertion " #condition))
 [[noreturn]] inline void __trap() { emulation::fail("trap"); }
 
 template <class T>
