@@ -519,15 +519,17 @@ __global__ void __launch_bounds__(kThreads, 1) first_layer_kernel(const Problem 
     }
   }
 
-  const int stride = cut.columns();
+  const int stride = cut.columns(), left = columns + 1 - state_column;
   float* const part = p.parts + cut.first_parts_at + blockIdx.y * cut.first_size + start + state_column + 2 * t;
 #pragma unroll
   for (int i = 0; i < kGradTiles; ++i) {
     float* const to = part + (grad_column + 16 * i + 2 * g) * stride;
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
-      *reinterpret_cast<float2*>(to + 8 * j) = make_float2(c[i][j][0], c[i][j][1]);
-      *reinterpret_cast<float2*>(to + stride + 8 * j) = make_float2(c[i][j][2], c[i][j][3]);
+      if (8 * j + t / 2 * 4 < left) {  // add_parts_kernel reads four at once
+        *reinterpret_cast<float2*>(to + 8 * j) = make_float2(c[i][j][0], c[i][j][1]);
+        *reinterpret_cast<float2*>(to + stride + 8 * j) = make_float2(c[i][j][2], c[i][j][3]);
+      }
     }
   }
 }
@@ -587,8 +589,10 @@ __global__ void __launch_bounds__(kThreads) add_parts_kernel(const Problem p, co
   const int64_t entry = (is_second ? blockIdx.x : blockIdx.x - second_blocks) * kEntries + 4 * lane;
   const int parts = is_second ? cut.second_parts : cut.first_parts;
   const float* const from = p.parts + (is_second ? 0 : cut.first_parts_at) + entry;
+  const int64_t row = is_second ? 0 : entry / cut.columns(), column = is_second ? entry : entry % cut.columns();
+  const bool wanted = entry < size && (is_second || column <= p.state_dim);
   float4 sum = {};
-  if (entry < size) {
+  if (wanted) {
 #pragma unroll 4
     for (int part = warp; part < parts; part += kWarps) {
       const float4 x = *reinterpret_cast<const float4*>(from + part * size);
@@ -600,7 +604,7 @@ __global__ void __launch_bounds__(kThreads) add_parts_kernel(const Problem p, co
   }
   sums[warp][lane] = sum;
   __syncthreads();
-  if (warp != 0 || entry >= size) return;
+  if (warp != 0 || !wanted) return;
   for (int i = 1; i < kWarps; ++i) {
     sum.x += sums[i][lane].x;
     sum.y += sums[i][lane].y;
@@ -611,9 +615,9 @@ __global__ void __launch_bounds__(kThreads) add_parts_kernel(const Problem p, co
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (is_second) {
-      store_second(p, entry + i, values[i]);
+      store_second(p, column + i, values[i]);
     } else {
-      store_first(p, static_cast<int>(entry / cut.columns()), entry % cut.columns() + i, values[i]);
+      store_first(p, static_cast<int>(row), column + i, values[i]);
     }
   }
 }

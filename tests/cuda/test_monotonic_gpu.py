@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmix import backends
+from fastmix import _core, backends
 from fastmix.ops.monotonic import POSITIVITIES, MonotonicParams, monotonic, reference
 from fastmix.testing import assert_close, poisoned_allocations
 from fastmix.testing.golden import Golden
@@ -56,9 +56,13 @@ LAYERS = pytest.mark.parametrize(("backend", "layers"), [("native", 2), ("triton
 
 @pytest.fixture(autouse=True)
 def _settings(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Skips where there is no such backend; a precision that a test sets ends with it."""
     callspec = getattr(request.node, "callspec", None)
-    if callspec and callspec.params.get("backend") == "triton" and importlib.util.find_spec("triton") is None:
+    backend = callspec.params.get("backend") if callspec else None
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
+    if backend == "native" and not _core.cuda:
+        pytest.skip("needs a core built with CUDA")
     outer = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(outer)
@@ -301,7 +305,9 @@ def test_reference_numbers(file: Golden, backend: str) -> None:
     rule.run(file, Setting(backend, torch.float32, "cuda"))
 
 
-def test_automatic_choice() -> None:
+@pytest.mark.parametrize("backend", ["native"])
+def test_automatic_choice(backend: str) -> None:
     problem = make(3, 9, 24, E=4, H=5).to("cuda")
-    assert backends.resolve("monotonic", problem.agent_qs) == "native"
+    assert backends.resolve("monotonic", problem.agent_qs) == backend
+    assert "MonotonicCuda" in type(monotonic(*problem[:3]).grad_fn).__name__.title().replace("_", "")
     assert backends.resolve("monotonic", problem.agent_qs.double()) == "reference"
