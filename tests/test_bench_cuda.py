@@ -420,6 +420,7 @@ def test_a_selection(machine: Machine) -> None:
     assert f"bench warm --part compile {selected} --share 1/8" in calls
     assert f"bench table --device cuda --part step {selected} --rounds 9 --seconds 0.5 " in calls
     assert "--against" not in calls
+    assert list(machine.run("profile", QUICK="1")[2]) == ["profile-5m_vs_6m", "profile-kernels"]
 
 
 def test_a_failing_stage_takes_nothing_from_the_others(machine: Machine) -> None:
