@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, SupportsIndex
 
 from torch import nn
@@ -37,6 +38,15 @@ def orthogonal_init_(module: nn.Module, gain: float = 1.0) -> None:
             nn.init.orthogonal_(layer.weight, gain=gain)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def mlp(*sizes: int, last_bias: bool = True) -> nn.Sequential:
+    """Linear layers of `sizes`, input first, with ReLU between them: keys `0`, `2`, `4` and so on."""
+    layers: list[nn.Module] = []
+    for i, (inputs, outputs) in enumerate(pairwise(sizes)):
+        last = i == len(sizes) - 2
+        layers += [nn.Linear(inputs, outputs, bias=last_bias or not last), *([] if last else [nn.ReLU()])]
+    return nn.Sequential(*layers)
 
 
 def check_positive(**sizes: int) -> None:

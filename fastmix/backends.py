@@ -27,6 +27,8 @@ TABLE: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     op: {"cpu": ("native", "reference"), "cuda": ("reference",) if op == "recurrent" else ("native", "reference")}
     for op in ("select", "returns", "recurrent", "monotonic", "td_loss", "optimise")
 }
+# So far plain PyTorch everywhere.
+TABLE.update({op: {} for op in ("attention", "duplex", "importance", "recognise", "unrestricted")})
 # On the CPU Triton only interprets, for tests; it is never chosen there.
 TABLE["monotonic"] = {"cpu": ("native", "reference", "triton"), "cuda": ("triton", "reference")}
 # Nor is "cudnn", which on the CPU is PyTorch's own GRU.

@@ -29,6 +29,7 @@ VARIABLES: Final[dict[str, str]] = {
     "FASTMIX_ISA": "baseline, avx2 or avx512: the widest instruction set the core may use (default: what the CPU has)",
     "FASTMIX_CUDA": "AUTO, ON or OFF while building: CUDA kernels when nvcc is found, always, never (default: AUTO)",
     "FASTMIX_GOLDEN": "folder of reference numbers the golden tests read (default: tests/golden)",
+    "FASTMIX_COMMIT": "revision that benchmark results name where git cannot tell it (default: what git says)",
 }
 """Every environment variable fastmix reads, with its meaning and default."""
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fastmix
 from fastmix import agents, backends, mixers
 from fastmix.algorithms import Algorithm, AlgorithmConfig, EpisodeBatch, Scheme, make
+from fastmix.mixers.base import attended
 from fastmix.ops import returns
 from fastmix.testing import assert_close, poisoned_allocations, rms_ratio
 from fastmix.testing.golden import Golden
@@ -22,22 +23,12 @@ from fastmix.testing.golden import Golden
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 PENDING: Mapping[str, str] = {
-    "agent/central_rnn": "arrives with CW-QMIX and OW-QMIX",
-    "central_ff": "arrives with CW-QMIX and OW-QMIX",
-    "central_atten": "arrives with CW-QMIX and OW-QMIX",
     "learner/max_q_learner/*": "arrives with CW-QMIX and OW-QMIX",
-    "qatten_pymarl2": "arrives with Qatten",
-    "qatten_pymarl": "arrives with Qatten",
     "learner/*/qatten": "arrives with Qatten",
-    "qtran_base": "arrives with QTRAN",
-    "qtran_alt": "arrives with QTRAN",
     "learner/qtran_learner/*": "arrives with QTRAN",
-    "qplex_*": "arrives with QPLEX",
     "learner/dmaq_qatten_learner/*": "arrives with QPLEX",
     "powqmix_composed": "arrives with POWQMIX",
-    "resq.central_*": "arrives with ResQ",
     "resq.learner": "arrives with ResQ",
-    "resq.qatten": "arrives with Qatten",
     "resz.*": "arrives with ResZ",
     "dfac.*": "arrives with DDN and DMIX",
     "refil.*": "arrives with REFIL",
@@ -171,17 +162,85 @@ def find_rule(golden: Golden) -> Rule | str:
 # --------------------------------------------------------------------------------------------------------------- mixers
 
 
-def check_mixer(golden: Golden, setting: Setting) -> None:
+RESQ_KINDS = {"qmixer": "qmix", "qatten": "qatten_pymarl2"}
+"""ResQ's name of a mixer -> its kind, where they differ"""
+
+
+def make_mixer(golden: Golden, setting: Setting) -> mixers.Mixer:
+    """The mixer a file describes, with its parameters."""
     args = mixer_args(golden)
     kind = golden.kind.removeprefix("resq.")
     if kind == "nmix":
         mixer: mixers.Mixer = mixers.NMixer.from_args(args, abs=golden.config.get("ctor_abs", True))
     else:
-        mixer = mixers.REGISTRY["qmix" if kind == "qmixer" else kind].from_args(args)
-    inputs = leaf_inputs(golden, setting)
+        mixer = mixers.REGISTRY[RESQ_KINDS.get(kind, kind)].from_args(args)
     load(mixer, golden.params, setting)
+    return mixer
+
+
+def check_mixer(golden: Golden, setting: Setting) -> None:
+    mixer, inputs = make_mixer(golden, setting), leaf_inputs(golden, setting)
     q_tot = mixer(inputs["agent_qs"], inputs.get("states"))
     compare(golden, setting, {"q_tot": q_tot}, mixer, inputs)
+
+
+def check_qatten(golden: Golden, setting: Setting) -> None:
+    mixer, inputs = make_mixer(golden, setting), leaf_inputs(golden, setting)
+    q_tot, regulariser, entropies = mixer(inputs["agent_qs"], inputs["states"], inputs["actions"])
+    outputs = {"q_tot": q_tot, "attend_mag_regs": regulariser, "head_entropies": torch.stack(entropies)}
+    compare(golden, setting, outputs, mixer, inputs)
+
+
+def check_qtran_base(golden: Golden, setting: Setting) -> None:
+    mixer, inputs = make_mixer(golden, setting), leaf_inputs(golden, setting)
+    q, v = mixer(inputs, inputs["hidden_states"])
+    q_given, v_again = mixer(inputs, inputs["hidden_states"], inputs["other_actions_onehot"])
+    assert torch.equal(v, v_again)
+    compare(golden, setting, {"q_batch_actions": q, "v": v, "q_given_actions": q_given}, mixer, inputs)
+
+
+def check_qtran_alt(golden: Golden, setting: Setting) -> None:
+    mixer, inputs = make_mixer(golden, setting), leaf_inputs(golden, setting)
+    counter_qs, v = mixer(inputs)
+    compare(golden, setting, {"counter_qs": counter_qs, "v": v}, mixer, inputs)
+
+
+def check_qplex(golden: Golden, setting: Setting) -> None:
+    """PyMARL's calls, and for their sum also the one call of this package."""
+    mixer, call = make_mixer(golden, setting), golden.config["call"]
+    assert isinstance(mixer, mixers.DMAQer | mixers.DMAQQattenMixer)
+
+    def compare_with(value: Any, inputs: Mapping[str, Tensor]) -> None:
+        outputs = {{"v": "v_tot", "adv": "adv_tot", "sum": "q_tot"}[call]: value}
+        if isinstance(value, mixers.Attended):
+            outputs = {name: value.q_tot for name in outputs}
+            if call != "adv":
+                entropies = torch.stack(value.head_entropies)
+                outputs |= {"attend_mag_regs": value.attend_mag_regs, "head_entropies": entropies}
+        compare(golden, setting, outputs, mixer, inputs)
+
+    inputs = leaf_inputs(golden, setting)
+    rest = (inputs["actions"], inputs["max_q_i"])
+    if call != "sum":
+        compare_with(mixer(inputs["agent_qs"], inputs["states"], *rest, is_v=call == "v"), inputs)
+        return
+    v, adv = (mixer(inputs["agent_qs"], inputs["states"], *rest, is_v=is_v) for is_v in (True, False))
+    compare_with(v._replace(q_tot=v.q_tot + adv.q_tot) if isinstance(v, mixers.Attended) else v + adv, inputs)
+
+    mixer.zero_grad()
+    inputs = leaf_inputs(golden, setting)
+    value = mixer.joint(inputs["agent_qs"], inputs["states"], inputs["actions"].argmax(-1), inputs["max_q_i"])
+    assert value.v_tot is not None and value.adv_tot is not None
+    setting.close(value.v_tot + value.adv_tot, golden.outputs["q_tot"], "out/q_tot")
+    if isinstance(mixer, mixers.DMAQQattenMixer):
+        compare_with(attended(value, value.q_tot, mixer.attend_reg_coef), inputs)
+    else:
+        compare_with(value.q_tot, inputs)
+
+
+def check_qplex_lambda(golden: Golden, setting: Setting) -> None:
+    mixer, inputs = make_mixer(golden, setting), leaf_inputs(golden, setting)
+    compare(golden, setting, {"lambda": mixer(inputs["states"], inputs["actions"])}, mixer, inputs)
 
 
 def mixer_args(golden: Golden) -> SimpleNamespace:
@@ -189,6 +248,13 @@ def mixer_args(golden: Golden) -> SimpleNamespace:
     config = dict(golden.config)
     if golden.kind.startswith("resq."):  # short names of sizes; the published yaml has two-layer hypernets
         config = {"hypernet_layers": 2, **config, "mixing_embed_dim": config["E"], "hypernet_embed": config["H"]}
+        config = {"central_action_embed": 1, **config, "central_mixing_embed_dim": config["C"]}
+        for name in ("n_query_embedding_layer1", "n_head_embedding_layer1"):
+            config[name] = config["att"][0]
+        for name in ("n_query_embedding_layer2", "n_key_embedding_layer1", "n_constrant_value"):
+            config[name] = config["att"][1]
+        config |= {"n_attention_head": 4, "n_head_embedding_layer2": 4, "type": "weighted"}
+        config["agent_own_state_size"] = config["own"]
     return SimpleNamespace(**config, n_agents=config["A"], n_actions=config["U"], state_shape=config["S"])
 
 
@@ -216,8 +282,8 @@ def check_agent(golden: Golden, setting: Setting) -> None:
     qs, hs = [], []
     for x in inputs["x"]:
         q, hidden = agent(x if config["input_rank"] == 3 else x.flatten(0, 1), hidden)
-        assert q.dim() == hidden.dim() == config["input_rank"]
-        qs.append(q.view(episodes, n_agents, -1))
+        assert q.dim() - golden.outputs["q"].dim() + 4 == hidden.dim() == config["input_rank"]
+        qs.append(q.view(golden.outputs["q"].shape[1:]))
         hs.append(hidden.view(episodes, n_agents, -1))
     assert len(qs) == steps
     compare(golden, setting, {"q": torch.stack(qs), "h": torch.stack(hs)}, agent, inputs)
@@ -226,9 +292,13 @@ def check_agent(golden: Golden, setting: Setting) -> None:
 def check_agent_step(golden: Golden, setting: Setting) -> None:
     config = golden.config
     inputs = leaf_inputs(golden, setting)
-    agent = agents.RNNAgent(inputs["inputs"].shape[-1], config["U"], config["R"])
+    args = SimpleNamespace(
+        n_actions=config["U"], rnn_hidden_dim=config["R"], central_action_embed=config.get("central_action_embed", 1)
+    )
+    kind = golden.kind.removeprefix("resq.").removesuffix("_agent")
+    agent = agents.REGISTRY[kind].from_args(inputs["inputs"].shape[-1], args)
     load(agent, golden.params, setting)
-    q, h = agent(inputs["inputs"].flatten(0, 1), inputs["hidden"].flatten(0, 1))
+    q, h = agent(*(inputs[name].reshape(-1, inputs[name].shape[-1]) for name in ("inputs", "hidden")))
     q, h = q.view(golden.outputs["q"].shape), h.view(golden.outputs["h"].shape)
     compare(golden, setting, {"q": q, "h": h}, agent, inputs)
 
@@ -417,6 +487,10 @@ def check_epsilon_schedule(golden: Golden, setting: Setting) -> None:
 # ------------------------------------------------------------------------------------------------------------- together
 
 
+BY_INDEX = ("actions", "actions_onehot")
+"""One-hots whose gradient public code has and nothing uses: here joint actions are read as indices"""
+
+
 def load(module: nn.Module, params: Mapping[str, Tensor], setting: Setting) -> None:
     """Put the file's parameters into the module, every key of one being a key of the other."""
     module.to(setting.device, setting.dtype)
@@ -426,7 +500,7 @@ def load(module: nn.Module, params: Mapping[str, Tensor], setting: Setting) -> N
 def leaf_inputs(golden: Golden, setting: Setting) -> dict[str, Tensor]:
     """The inputs as tensors that require a gradient where the file has one."""
     tensors = {name: setting.tensor(value).clone() for name, value in golden.inputs.items()}
-    return {name: tensor.requires_grad_(name in golden.input_grads) for name, tensor in tensors.items()}
+    return {name: t.requires_grad_(name in golden.input_grads and name not in BY_INDEX) for name, t in tensors.items()}
 
 
 def compare(
@@ -448,7 +522,10 @@ def compare(
     params = {} if module is None else dict(module.named_parameters())
     compare_grads(golden, setting, params, golden.grads)
     for name, expected in golden.input_grads.items():
+        if name in BY_INDEX:
+            continue
         grad = inputs[name].grad
+        assert golden.none_input_grads is None or (grad is None) == (name in golden.none_input_grads)
         grad = torch.zeros_like(inputs[name]) if grad is None else grad
         setting.close(grad, expected, f"gradin/{name}")
 
@@ -478,10 +555,23 @@ RULES: Mapping[str, Rule] = {
     "qmix_noabs": _rule(check_mixer, "monotonic"),
     "nmix": _rule(check_mixer, "monotonic"),
     "resq.qmixer": _rule(check_mixer, "monotonic"),
+    "qatten_pymarl2": _rule(check_mixer, "attention"),
+    "resq.qatten": _rule(check_mixer, "attention"),
+    "qatten_pymarl": _rule(check_qatten, "attention"),
+    "qtran_base": _rule(check_qtran_base, "unrestricted"),
+    "qtran_alt": _rule(check_qtran_alt, "unrestricted"),
+    "qplex_dmaq": _rule(check_qplex, "duplex"),
+    "qplex_dmaq_qatten": _rule(check_qplex, "attention", "duplex"),
+    "qplex_lambda": _rule(check_qplex_lambda, "importance"),
+    "central_ff": _rule(check_mixer, "unrestricted"),
+    "central_atten": _rule(check_mixer, "unrestricted"),
+    "resq.central_ff": _rule(check_mixer, "unrestricted"),
     "agent/rnn": _rule(check_agent, "recurrent"),
     "agent/n_rnn": _rule(check_agent, "recurrent"),
+    "agent/central_rnn": _rule(check_agent, "recurrent"),
     "agent/ff": _rule(check_agent),
     "resq.rnn_agent": _rule(check_agent_step, "recurrent"),
+    "resq.central_rnn_agent": _rule(check_agent_step, "recurrent"),
     "returns": _rule(check_returns, "returns"),
     "returns_q": _rule(check_returns, "returns"),
     "common.td_lambda": _rule(check_returns, "returns"),

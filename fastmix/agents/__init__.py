@@ -4,12 +4,13 @@ from typing import Final
 
 from fastmix.agents.base import Agent
 from fastmix.agents.feed_forward import FFAgent
-from fastmix.agents.rnn import NRNNAgent, RNNAgent
+from fastmix.agents.rnn import CentralRNNAgent, NRNNAgent, RNNAgent
 
 REGISTRY: Final[dict[str, type[Agent]]] = {
     "rnn": RNNAgent,
     "n_rnn": NRNNAgent,
     "ff": FFAgent,
+    "central_rnn": CentralRNNAgent,
 }
 
-__all__ = ["REGISTRY", "Agent", "FFAgent", "NRNNAgent", "RNNAgent"]
+__all__ = ["REGISTRY", "Agent", "CentralRNNAgent", "FFAgent", "NRNNAgent", "RNNAgent"]

@@ -95,7 +95,7 @@ class RNNAgent(Agent):
             return self._rows(inputs)
         out = self.unroll(rows[:, None, None], hidden[:, None])
         lead = inputs.shape[:-1]
-        return out.q.reshape(*lead, self.n_actions), out.hidden.reshape(*lead, self.hidden_dim)
+        return out.q.reshape(*lead, *out.q.shape[3:]), out.hidden.reshape(*lead, self.hidden_dim)
 
     def unroll(
         self,
@@ -108,14 +108,19 @@ class RNNAgent(Agent):
         """See `Agent.unroll`."""
         if isinstance(self.rnn, nn.Linear):
             return unroll_rows(self, self._rows, obs, hidden, last_actions, agent_ids, return_hidden_states)
-        return recurrent(
+        (output,) = recurrent(
             obs,
             [self.params()],
             None if hidden is None else [hidden],
             last_actions=last_actions,
             agent_ids=agent_ids,
             return_hidden_states=return_hidden_states,
-        )[0]
+        )
+        return self.finish(output)
+
+    def finish(self, output: RecurrentOutput) -> RecurrentOutput:
+        """What `unroll` returns, of what `fastmix.ops.recurrent` gave for `params`."""
+        return output
 
     def _rows(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         hidden = F.relu(self.rnn(F.relu(self.fc1(inputs))))
@@ -129,6 +134,37 @@ class NRNNAgent(RNNAgent):
     def from_args(cls, input_shape: int | Sequence[int], args: Any) -> Self:
         """Reads what `RNNAgent.from_args` reads, and `use_layer_norm` (False)."""
         return cls(**_rnn_args(input_shape, args), use_layer_norm=read_arg(args, "use_layer_norm", False))
+
+
+class CentralRNNAgent(RNNAgent):
+    """WQMIX's central agent (`modules/agents/central_rnn_agent.py`): `central_action_embed` values for each action.
+
+    An `RNNAgent` whose results `q` have one axis more, `[..., U, c]`; keys are the same, `fc2` has `U * c` rows.
+    """
+
+    def __init__(self, input_dim: int, n_actions: int, hidden_dim: int = 64, central_action_embed: int = 1) -> None:
+        check_positive(n_actions=n_actions, central_action_embed=central_action_embed)
+        super().__init__(input_dim, n_actions * central_action_embed, hidden_dim)
+        self.n_actions = n_actions
+        self.action_embed = central_action_embed
+
+    @classmethod
+    def from_args(cls, input_shape: int | Sequence[int], args: Any) -> Self:
+        """Reads `n_actions`, `central_action_embed` and `rnn_hidden_dim`.
+
+        `central_rnn_hidden_dim` is not read, as in the public code.
+        """
+        names = ("n_actions", "central_action_embed")
+        options = {name: read_arg(args, name) for name in names}
+        return cls(flat_size(input_shape), hidden_dim=hidden_width(args), **options)
+
+    def finish(self, output: RecurrentOutput) -> RecurrentOutput:
+        """See `RNNAgent.finish`: `q [B, T, A, U * c]` becomes `[B, T, A, U, c]`."""
+        return output._replace(q=output.q.unflatten(-1, (self.n_actions, self.action_embed)))
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(agent)`."""
+        return f"{super().extra_repr()}, action_embed={self.action_embed}"
 
 
 def _rnn_args(input_shape: int | Sequence[int], args: Any) -> dict[str, Any]:

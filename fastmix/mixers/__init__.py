@@ -2,9 +2,14 @@
 
 from typing import Final
 
-from fastmix.mixers.base import Mixer
+from fastmix.mixers.base import ActionMixer, Attended, JointValue, Mixer, StateMixer, joint_actions
+from fastmix.mixers.central import QMixerCentralAtten, QMixerCentralFF
 from fastmix.mixers.checkpoints import convert_state_dict, load_pymarl
+from fastmix.mixers.powqmix import Recogniser
+from fastmix.mixers.qatten import QattenMixer, QattenPymarlMixer
 from fastmix.mixers.qmix import MonotonicMixer, NMixer, QMixer, QMixerNoAbs
+from fastmix.mixers.qplex import DMAQer, DMAQQattenMixer, DMAQSIWeight
+from fastmix.mixers.qtran import QTranAlt, QTranBase
 from fastmix.mixers.vdn import VDNMixer
 
 REGISTRY: Final[dict[str, type[Mixer]]] = {
@@ -12,16 +17,41 @@ REGISTRY: Final[dict[str, type[Mixer]]] = {
     "qmix": QMixer,
     "qmix_noabs": QMixerNoAbs,
     "nmix": NMixer,
+    "qatten_pymarl2": QattenMixer,
+    "qatten_pymarl": QattenPymarlMixer,
+    "qtran_base": QTranBase,
+    "qtran_alt": QTranAlt,
+    "qplex_dmaq": DMAQer,
+    "qplex_dmaq_qatten": DMAQQattenMixer,
+    "qplex_lambda": DMAQSIWeight,
+    "central_ff": QMixerCentralFF,
+    "central_atten": QMixerCentralAtten,
+    "powqmix_recogniser": Recogniser,
 }
 
 __all__ = [
     "REGISTRY",
+    "ActionMixer",
+    "Attended",
+    "DMAQQattenMixer",
+    "DMAQSIWeight",
+    "DMAQer",
+    "JointValue",
     "Mixer",
     "MonotonicMixer",
     "NMixer",
     "QMixer",
+    "QMixerCentralAtten",
+    "QMixerCentralFF",
     "QMixerNoAbs",
+    "QTranAlt",
+    "QTranBase",
+    "QattenMixer",
+    "QattenPymarlMixer",
+    "Recogniser",
+    "StateMixer",
     "VDNMixer",
     "convert_state_dict",
+    "joint_actions",
     "load_pymarl",
 ]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmix._modules import check_positive, flat_size, orthogonal_init_, read_arg
-from fastmix.mixers.base import Mixer, check_agent_qs, flat_states
+from fastmix._modules import check_positive, flat_size, mlp, orthogonal_init_, read_arg
+from fastmix.mixers.base import StateMixer, check_agent_qs, flat_states
 from fastmix.ops._checks import check_choice
 from fastmix.ops.monotonic import POSITIVITIES, MonotonicParams, monotonic
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class MonotonicMixer(Mixer):
+class MonotonicMixer(StateMixer):
     """What `QMixer` and `NMixer` have in common: everything but the names of their layers.
 
     `Q_tot = elu(sum_i Q_i w1[i, :] + b1) . w2 + v` with `w1 = pos(f1(s))`, `w2 = pos(f2(s))`, `b1` and `v` generated
@@ -118,10 +118,10 @@ class QMixer(MonotonicMixer):
             self.hyper_w_final = nn.Linear(state, embed)
         else:
             check_positive(hypernet_embed=hypernet_embed)
-            self.hyper_w_1 = _mlp(state, hypernet_embed, n_agents * embed)
-            self.hyper_w_final = _mlp(state, hypernet_embed, embed)
+            self.hyper_w_1 = mlp(state, hypernet_embed, n_agents * embed)
+            self.hyper_w_final = mlp(state, hypernet_embed, embed)
         self.hyper_b_1 = nn.Linear(state, embed)
-        self.V = _mlp(state, embed, 1)
+        self.V = mlp(state, embed, 1)
         if use_orthogonal:
             orthogonal_init_(self)
 
@@ -187,10 +187,10 @@ class NMixer(MonotonicMixer):
         super().__init__(n_agents, state_dim, mixing_embed_dim, positivity, beta)
         check_positive(hypernet_embed=hypernet_embed)
         state, embed = self.state_dim, self.embed_dim
-        self.hyper_w1 = _mlp(state, hypernet_embed, n_agents * embed)
+        self.hyper_w1 = mlp(state, hypernet_embed, n_agents * embed)
         self.hyper_b1 = nn.Sequential(nn.Linear(state, embed))
-        self.hyper_w2 = _mlp(state, hypernet_embed, embed)
-        self.hyper_b2 = _mlp(state, embed, 1)
+        self.hyper_w2 = mlp(state, hypernet_embed, embed)
+        self.hyper_b2 = mlp(state, embed, 1)
         if use_orthogonal:
             orthogonal_init_(self)
 
@@ -229,10 +229,6 @@ def _qmixer_args(args: Any) -> dict[str, Any]:
         "hypernet_embed": read_arg(args, "hypernet_embed") if layers == 2 else 1,
         "use_orthogonal": read_arg(args, "use_orthogonal", False),
     }
-
-
-def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
 def _params(w1: nn.Module, w2: nn.Module, b1: nn.Module, v: nn.Module) -> MonotonicParams:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fastmix.mixers.base import Mixer, check_agent_qs
+from fastmix.mixers.base import StateMixer, check_agent_qs
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class VDNMixer(Mixer):
+class VDNMixer(StateMixer):
     """`Q_tot = sum_i Q_i` (Sunehag et al. 2018, "Value-Decomposition Networks", eq. 1). No parameters, no state."""
 
     @classmethod

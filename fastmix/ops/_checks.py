@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -49,6 +49,45 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name} must lie in [{low}, {high}], got {value!r}")
 
 
+def check_agent_qs(agent_qs: Tensor) -> None:
+    """Raise unless ``agent_qs`` is ``[..., A]`` with at least one agent."""
+    if agent_qs.dim() < 1 or agent_qs.shape[-1] < 1:
+        raise ValueError(f"agent_qs must have shape [..., A] with at least one agent, got {tuple(agent_qs.shape)}")
+
+
+def check_states(states: Tensor, like: Tensor, like_name: str) -> None:
+    """Raise unless ``states`` is ``[..., S]`` with leading dimensions, dtype and device of ``like``."""
+    leading = like.shape[:-1]
+    if states.dim() < 1 or states.shape[:-1] != leading or states.shape[-1] < 1:
+        wanted = ", ".join(map(str, (*leading, "S")))
+        raise ValueError(
+            f"states must have shape [..., S] = ({wanted}), with the leading dimensions of {like_name},"
+            f" got {tuple(states.shape)}"
+        )
+    check_like("states", states, like, like_name)
+
+
+def check_actions(actions: Tensor, shape: Sequence[int | None], states: Tensor) -> None:
+    """Raise unless ``actions`` is int64 of the shape ``[..., A]`` on the device of ``states``; not what it holds."""
+    check_tensor("actions", actions)
+    check_shape("actions", actions, shape, "[..., A]")
+    if actions.shape[-1] < 1:
+        raise ValueError(f"actions must have shape [..., A] with at least one agent, got {tuple(actions.shape)}")
+    if actions.dtype is not torch.int64:
+        raise TypeError(f"actions must have dtype torch.int64, got {actions.dtype}")
+    if actions.device != states.device:
+        raise ValueError(f"actions must be on the device of states ({states.device}), got {actions.device}")
+
+
+def check_action_range(actions: Tensor, n_actions: int) -> None:
+    """Raise unless actions lie in ``[-1, n_actions)``, -1 being none; only on the CPU, where looking costs no wait."""
+    if torch.compiler.is_compiling() or actions.device.type != "cpu" or actions.numel() == 0:
+        return
+    low, high = (int(end) for end in torch.aminmax(actions))
+    if low < -1 or high >= n_actions:
+        raise ValueError(f"actions must lie in [-1, {n_actions}), got {low if low < -1 else high}")
+
+
 def autocast_enabled(tensor: Tensor) -> bool:
     """Whether autocast is on for the device of ``tensor``."""
     device = tensor.device.type
@@ -64,3 +103,11 @@ def upcast(tensor: Tensor | None) -> Tensor | None:
     if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16):
         return tensor.float()
     return tensor
+
+
+def upcast_nested(value: Any) -> Any:
+    """`upcast` of every tensor in nested tuples, which keep their types."""
+    if isinstance(value, tuple):
+        parts = [upcast_nested(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return upcast(value)

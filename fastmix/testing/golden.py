@@ -42,6 +42,8 @@ class Golden:
     """Parameters after one optimiser step"""
     none_grads: frozenset[str] | None
     """Parameters whose gradient was None (stored as zeros); None where the file does not say"""
+    none_input_grads: frozenset[str] | None
+    """The same of inputs"""
     arrays: dict[str, Any] = field(repr=False)
     """Every array of the file under its full name, as NumPy arrays"""
 
@@ -72,16 +74,21 @@ def load(path: str | os.PathLike[str]) -> Golden:
     if "meta/kind" in arrays:
         kind, variant = str(arrays["meta/kind"]), ""
         config = json.loads(str(arrays["meta/hp_json"]))
-        none_grads = frozenset(map(str, arrays["meta/none_grad"])) if "meta/none_grad" in arrays else None
+        absent = list(map(str, arrays["meta/none_grad"])) if "meta/none_grad" in arrays else None
     elif "meta" in arrays:
         meta = json.loads(str(arrays["meta"]))
-        kind, variant, config, none_grads = meta["case"], meta.get("variant") or "", meta["cfg"], None
+        kind, variant, config, absent = meta["case"], meta.get("variant") or "", meta["cfg"], None
     else:
         raise ValueError(f"{path} has neither 'meta/kind' nor 'meta': it does not say what it holds")
 
     def section(prefix: str) -> dict[str, Tensor]:
         names = [name for name in arrays if name.startswith(prefix) and arrays[name].dtype.kind in "fiub"]
         return {name.removeprefix(prefix): torch.from_numpy(arrays[name].copy()) for name in names}
+
+    def without_gradient(prefix: str) -> frozenset[str] | None:
+        if absent is None:
+            return None
+        return frozenset(name.removeprefix(prefix) for name in absent if name.startswith(prefix))
 
     return Golden(
         path=path,
@@ -95,6 +102,7 @@ def load(path: str | os.PathLike[str]) -> Golden:
         grads=section("grad/"),
         input_grads=section("gradin/"),
         after=section("after/"),
-        none_grads=none_grads,
+        none_grads=without_gradient("grad/"),
+        none_input_grads=without_gradient("gradin/"),
         arrays=arrays,
     )

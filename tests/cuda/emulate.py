@@ -89,10 +89,7 @@ def core(op: str) -> ModuleType:
     name = f"emulated_{op}"
     module = folder / "module.cpp"
     module.write_text(
-        f"""#include <pybind11/pybind11.h>
-namespace fastmix::bindings {{
-void register_{op}(pybind11::module_& m);
-}}
+        f"""#include "{ROOT}/bindings/{op}.cpp"
 extern "C" void emulation_descending(bool on);
 PYBIND11_MODULE({name}, m) {{
   fastmix::bindings::register_{op}(m);
@@ -100,10 +97,9 @@ PYBIND11_MODULE({name}, m) {{
 }}
 """
     )
-    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", f"-I{ROOT / 'bindings'}"]
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     flags = [*includes, "-DFASTMIX_CUDA", "-fvisibility=hidden"]
-    sources = [module, ROOT / "bindings" / f"{op}.cpp"]
-    library = compile_library(folder, ROOT / "csrc" / "cuda" / f"{op}.cu", sources, flags)
+    library = compile_library(folder, ROOT / "csrc" / "cuda" / f"{op}.cu", [module], flags)
     spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None and spec.loader is not None
     with _lazy_binding():  # the CPU kernels that the bindings name are not there, and never called

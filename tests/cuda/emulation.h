@@ -1,10 +1,10 @@
 // CUDA C++ on the host, for tests without a GPU: one kernel file becomes one translation unit of ordinary C++.
 //
-// Blocks run one after another. All threads of a block are alive at once, as fibers that a scheduler resumes in turn
-// and that give way only where CUDA threads meet: __syncthreads, __syncwarp, shuffles and votes. A run is therefore
-// deterministic, and `emulation_descending` runs the threads of a block in the opposite order: a result that depends on
-// the order lacks a barrier. Shared memory is filled with 0xff (NaN, -1) when a block starts. Threads that wait for
-// each other for ever, impossible launches and __trap() are reported as the launch's error.
+// Blocks run one after another. All threads of a block are alive at once, as fibers that give way only where CUDA
+// threads meet: __syncthreads, __syncwarp, shuffles and votes. A warp goes on as far as it can before the next one
+// does. A run is therefore deterministic, and `emulation_descending` takes warps and lanes in the opposite order: a
+// result that depends on the order lacks a barrier. Shared memory is filled with 0xff (NaN, -1) when a block starts.
+// Threads that wait for each other for ever, impossible launches and __trap() are reported as the launch's error.
 //
 // emulate.py has turned `kernel<<<...>>>(...)` into calls of `emulation::launch` and `__shared__` declarations into
 // references to emulated memory.
@@ -288,6 +288,20 @@ __attribute__((noinline)) inline void resume(unsigned index) {
   start(thread);
 }
 
+// Every thread of the warp that can go on does so until it waits or ends; false when none can.
+inline bool resume_warp(unsigned warp) {
+  bool moved = false;
+  for (unsigned i = 0; i < kLanes && error.empty(); ++i) {
+    const unsigned index = warp * kLanes + (descending ? kLanes - 1 - i : i);
+    if (index >= n_threads) continue;
+    const Thread& thread = threads[index];
+    if (thread.finished || (thread.waits != nullptr && thread.waits->turn == thread.turn)) continue;
+    resume(index);
+    moved = true;
+  }
+  return moved;
+}
+
 inline void run_block() {
   std::memset(shared_memory, 0xff, sizeof(shared_memory));
   statics.clear();
@@ -301,12 +315,8 @@ inline void run_block() {
   for (unsigned i = 0; i < n_threads; ++i) threads[i].finished = false;
   while (n_finished < n_threads && error.empty()) {
     bool moved = false;
-    for (unsigned i = 0; i < n_threads && error.empty(); ++i) {
-      const unsigned index = descending ? n_threads - 1 - i : i;
-      const Thread& thread = threads[index];
-      if (thread.finished || (thread.waits != nullptr && thread.waits->turn == thread.turn)) continue;
-      resume(index);
-      moved = true;
+    for (unsigned i = 0; i < warps.size(); ++i) {
+      while (resume_warp(descending ? static_cast<unsigned>(warps.size()) - 1 - i : i)) moved = true;
     }
     if (!moved) {
       const auto waiting = std::find_if(threads.begin(), threads.begin() + n_threads,

@@ -26,13 +26,13 @@ def test_family_with_kind(tmp_path: Path) -> None:
     meta: dict[str, Any] = {
         "meta/kind": "learner",
         "meta/hp_json": json.dumps({"A": 3}),
-        "meta/none_grad": np.array(["agent.fc1.weight"]),
+        "meta/none_grad": np.array(["grad/agent.fc1.weight", "gradin/x"]),
         "param/target_agent.rnn.weight_ih": np.ones(2),
     }
     np.savez(path, **ARRAYS, **meta)
     file = golden.load(path)
     assert (file.name, file.kind, file.variant, file.config) == ("a.b", "learner", "", {"A": 3})
-    assert file.none_grads == frozenset({"agent.fc1.weight"})
+    assert (file.none_grads, file.none_input_grads) == (frozenset({"agent.fc1.weight"}), frozenset({"x"}))
     assert file.inputs["x"].dtype == torch.float32
     assert file.outputs["loss/total"].item() == 2.5
     assert list(file.networks(file.params)) == ["target_agent"]

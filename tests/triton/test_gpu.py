@@ -13,6 +13,7 @@ from fastmix import backends
 from fastmix.ops.monotonic import POSITIVITIES, MonotonicParams, reference
 from fastmix.testing import assert_close, poisoned_allocations
 from fastmix.testing.golden import Golden
+from tests.cuda.device import no_waiting
 from tests.generators import non_contiguous
 from tests.golden_rules import Rule, Setting, find_rule
 from tests.triton.problem import Problem, check, golden_files, make
@@ -174,15 +175,11 @@ def test_other_streams() -> None:
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
-def test_no_synchronisation() -> None:
+def test_no_waiting() -> None:
     problem = make(5, 98, 2_000).to("cuda")
     run(problem)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         run(problem)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_graph_replay() -> None:

@@ -106,16 +106,8 @@ def _check_types(agent_qs: Tensor, states: Tensor, params: MonotonicParams) -> N
 
 
 def _check_shapes(agent_qs: Tensor, states: Tensor, params: MonotonicParams) -> None:
-    if agent_qs.dim() < 1 or agent_qs.shape[-1] < 1:
-        raise ValueError(f"agent_qs must have shape [..., A] with at least one agent, got {tuple(agent_qs.shape)}")
-    leading = agent_qs.shape[:-1]
-    if states.dim() < 1 or states.shape[:-1] != leading or states.shape[-1] < 1:
-        wanted = ", ".join(map(str, (*leading, "S")))
-        raise ValueError(
-            f"states must have shape [..., S] = ({wanted}), with the leading dimensions of agent_qs,"
-            f" got {tuple(states.shape)}"
-        )
-    _checks.check_like("states", states, agent_qs, "agent_qs")
+    _checks.check_agent_qs(agent_qs)
+    _checks.check_states(states, agent_qs, "agent_qs")
     A, S, E = agent_qs.shape[-1], states.shape[-1], params.b1_bias.numel()
     H = S if params.w1_hidden_weight is None else params.w1_hidden_weight.shape[0]
     shapes = (
