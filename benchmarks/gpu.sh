@@ -62,12 +62,22 @@ if [[ ${QUICK:-} == 1 ]]; then
 fi
 
 main() {
-    local stage
+    local stage order=() long=()
     for stage in "$@"; do
         case $stage in build | test | sanitize | bench | profile) ;; *)
             echo "a stage must be build, test, sanitize, bench or profile, got $stage" >&2
             exit 2
             ;;
+        esac
+    done
+    for stage in $PARTS; do
+        case $stage in
+            monotonic | recurrent | step | small | compile) order+=("$stage") ;;
+            autotune | whole) long+=("$stage") ;;
+            *)
+                echo "PARTS must name monotonic, recurrent, step, small, compile, autotune or whole, got $stage" >&2
+                exit 2
+                ;;
         esac
     done
     [[ $# -gt 0 ]] || set -- build test sanitize bench profile
@@ -77,10 +87,6 @@ main() {
     : >"$STAGES"
     NAME=$(nvidia-smi --query-gpu=name --format=csv,noheader --id=0 | tr '[:upper:] ' '[:lower:]-')
     NAME=gpu-${NAME#nvidia-}
-    local order=() long=()
-    for stage in $PARTS; do
-        case $stage in autotune | whole) long+=("$stage") ;; *) order+=("$stage") ;; esac
-    done
     announce "${order[@]}" "${long[@]}"
 
     ! wanted build || stage_build

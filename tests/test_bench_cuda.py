@@ -496,6 +496,8 @@ def test_reports_of_the_parts_are_joined(machine: Machine) -> None:
 def test_an_unknown_stage_is_named(machine: Machine) -> None:
     status, output, _ = machine.run("deploy")
     assert status == 2 and "got deploy" in output and not machine.calls()
+    status, output, _ = machine.run("bench", PARTS="small large")
+    assert status == 2 and "got large" in output and not machine.calls()
 
 
 # --------------------------------------------------------------------------------------------------------------- device
