@@ -40,7 +40,7 @@ export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 OMP_WAIT_POLICY=passiv
 
 # Seconds: expected, and at most. The last part of the benchmark may take what is left.
 declare -A EXPECTED=(
-    [build]=75 [test]=70 [memcheck]=25 [racecheck]=25 [warm]=60 [monotonic]=50 [recurrent]=40 [step]=35 [small]=15
+    [build]=50 [test]=70 [memcheck]=25 [racecheck]=25 [warm]=60 [monotonic]=50 [recurrent]=40 [step]=35 [small]=15
     [compile]=35 [profile-5m_vs_6m]=25 [profile-MMM2]=20 [profile-kernels]=30 [test-large]=10 [autotune]=80 [whole]=400
 )
 declare -A MOST=(
