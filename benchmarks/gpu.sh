@@ -10,7 +10,7 @@
 #   PARTS             parts of the benchmark, in this order (monotonic recurrent step small compile autotune); there is
 #                     also "whole", which takes minutes
 #   SHAPES            of the cases of the benchmark and the profile (all)
-#   QUICK             1: only cases that have a goal, in precision "high", in fewer rounds
+#   QUICK             1: only cases that have a goal, in precision "high", in fewer rounds; one learner step is profiled
 #   TREE              where the package is built and run from (/tmp/fastmix-gpu), kept between calls
 #   PYTHON            the interpreter that has torch (python3)
 #   WORKERS           processes of the tests, and of compiling what is timed (8)
@@ -40,12 +40,12 @@ export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 OMP_WAIT_POLICY=passiv
 
 # Seconds: expected, and at most. The last part of the benchmark may take what is left.
 declare -A EXPECTED=(
-    [build]=75 [test]=70 [memcheck]=25 [racecheck]=25 [warm]=60 [monotonic]=50 [recurrent]=40 [step]=35 [small]=15
-    [compile]=35 [profile-5m_vs_6m]=25 [profile-MMM2]=20 [profile-kernels]=15 [test-large]=10 [autotune]=80 [whole]=400
+    [build]=50 [test]=70 [memcheck]=25 [racecheck]=25 [warm]=60 [monotonic]=50 [recurrent]=40 [step]=35 [small]=15
+    [compile]=35 [profile-5m_vs_6m]=25 [profile-MMM2]=20 [profile-kernels]=30 [test-large]=10 [autotune]=80 [whole]=400
 )
 declare -A MOST=(
-    [build]=120 [test]=100 [memcheck]=60 [racecheck]=60 [warm]=100 [monotonic]=70 [recurrent]=55 [step]=50 [small]=20
-    [compile]=50 [profile-5m_vs_6m]=40 [profile-MMM2]=30 [profile-kernels]=25 [test-large]=15
+    [build]=120 [test]=100 [memcheck]=60 [racecheck]=60 [warm]=100 [monotonic]=70 [recurrent]=55 [step]=45 [small]=20
+    [compile]=50 [profile-5m_vs_6m]=35 [profile-MMM2]=25 [profile-kernels]=40 [test-large]=15
     [autotune]=$LIMIT [whole]=$LIMIT
 )
 RESERVED=12 # to report what there is
@@ -62,12 +62,22 @@ if [[ ${QUICK:-} == 1 ]]; then
 fi
 
 main() {
-    local stage
+    local stage order=() long=()
     for stage in "$@"; do
         case $stage in build | test | sanitize | bench | profile) ;; *)
             echo "a stage must be build, test, sanitize, bench or profile, got $stage" >&2
             exit 2
             ;;
+        esac
+    done
+    for stage in $PARTS; do
+        case $stage in
+            monotonic | recurrent | step | small | compile) order+=("$stage") ;;
+            autotune | whole) long+=("$stage") ;;
+            *)
+                echo "PARTS must name monotonic, recurrent, step, small, compile, autotune or whole, got $stage" >&2
+                exit 2
+                ;;
         esac
     done
     [[ $# -gt 0 ]] || set -- build test sanitize bench profile
@@ -77,10 +87,6 @@ main() {
     : >"$STAGES"
     NAME=$(nvidia-smi --query-gpu=name --format=csv,noheader --id=0 | tr '[:upper:] ' '[:lower:]-')
     NAME=gpu-${NAME#nvidia-}
-    local order=() long=()
-    for stage in $PARTS; do
-        case $stage in autotune | whole) long+=("$stage") ;; *) order+=("$stage") ;; esac
-    done
     announce "${order[@]}" "${long[@]}"
 
     ! wanted build || stage_build
@@ -104,22 +110,24 @@ wanted() {
 
 # The stages of this call, what they are expected to take, and the sum, in which those that run together count once.
 announce() {
-    local together=() after=() name expected=0 most=0 longest=0 limit=0
-    ! wanted build || after+=(build)
+    local before=() together=() after=() name expected=0 most=0 longest=0 limit=0
+    ! wanted build || before+=(build)
     ! wanted test || together+=(test)
     ! wanted sanitize || together+=(memcheck racecheck)
     ! wanted bench || { together+=(warm) && after+=("$@"); }
     ! wanted profile || after+=($(profiled) profile-kernels)
     ! wanted test || after+=(test-large)
     printf '%-18s %8s %8s\n' stage expected 'at most'
-    for name in "${together[@]}" "${after[@]}"; do
-        printf '%-18s %8s %8s\n' "$name" "${EXPECTED[$name]}" "${MOST[$name]}"
+    for name in "${before[@]}" "${together[@]}" "${after[@]}"; do
+        limit=${MOST[$name]}
+        printf '%-18s %8s %8s\n' "$name" "${EXPECTED[$name]}" "$([[ $limit == "$LIMIT" ]] && echo rest || echo "$limit")"
     done
+    limit=0
     for name in "${together[@]}"; do
         longest=$((longest < EXPECTED[$name] ? EXPECTED[$name] : longest))
         limit=$((limit < MOST[$name] ? MOST[$name] : limit))
     done
-    for name in "${after[@]}"; do
+    for name in "${before[@]}" "${after[@]}"; do
         expected=$((expected + EXPECTED[$name])) most=$((most + MOST[$name]))
     done
     expected=$((expected + longest)) most=$((most + limit < LIMIT ? most + limit : LIMIT))
@@ -267,7 +275,10 @@ stage_profile() {
 profiled() {
     local shape
     for shape in 5m_vs_6m MMM2; do
-        [[ -n $SHAPES && " $SHAPES " != *" $shape "* ]] || echo "profile-$shape"
+        if [[ -z $SHAPES || " $SHAPES " == *" $shape "* ]]; then
+            echo "profile-$shape"
+            [[ ${QUICK:-} != 1 ]] || break
+        fi
     done
 }
 

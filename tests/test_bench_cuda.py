@@ -420,6 +420,7 @@ def test_a_selection(machine: Machine) -> None:
     assert f"bench warm --part compile {selected} --share 1/8" in calls
     assert f"bench table --device cuda --part step {selected} --rounds 9 --seconds 0.5 " in calls
     assert "--against" not in calls
+    assert list(machine.run("profile", QUICK="1")[2]) == ["profile-5m_vs_6m", "profile-kernels"]
 
 
 def test_a_failing_stage_takes_nothing_from_the_others(machine: Machine) -> None:
@@ -495,6 +496,8 @@ def test_reports_of_the_parts_are_joined(machine: Machine) -> None:
 def test_an_unknown_stage_is_named(machine: Machine) -> None:
     status, output, _ = machine.run("deploy")
     assert status == 2 and "got deploy" in output and not machine.calls()
+    status, output, _ = machine.run("bench", PARTS="small large")
+    assert status == 2 and "got large" in output and not machine.calls()
 
 
 # --------------------------------------------------------------------------------------------------------------- device
