@@ -54,11 +54,14 @@ def _gru_forward(x: Tensor, start: Tensor, *weights: Tensor) -> tuple[Tensor, Te
     if not x.is_cuda:
         states, last = torch.gru(x, start, weights, True, 1, 0.0, False, False, False)
         return states, last.squeeze(0)
-    # The call below `torch.gru`: without a weight buffer it packs the weights itself, where `torch.gru` would also warn
-    # that they are not packed. What it keeps for a backward pass it keeps only in training.
-    train = _library.wants_grad((x, start, *weights))
+    # cuDNN takes its weights in one piece, and PyTorch warns where it has to make that itself. What the call below
+    # `torch.gru` keeps for a backward pass it keeps only in training.
+    train, width = _library.wants_grad((x, start, *weights)), start.shape[-1]
+    with torch.no_grad():
+        copies = [weight.detach().clone() for weight in weights]  # which become views of the piece
+        piece = torch._cudnn_rnn_flatten_weight(copies, 4, x.shape[-1], _GRU_MODE, width, 0, 1, False, False)
     states, last, *_ = torch._cudnn_rnn(
-        x, weights, 4, None, start, None, _GRU_MODE, start.shape[-1], 0, 1, False, 0.0, train, False, [], None
+        x, weights, 4, piece, start, None, _GRU_MODE, width, 0, 1, False, 0.0, train, False, [], None
     )
     return states, last.squeeze(0)
 
