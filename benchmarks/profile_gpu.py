@@ -1,7 +1,7 @@
-"""Which kernels run, how often and for how long: ``python -m benchmarks.profile_gpu --out FOLDER``.
+"""Which kernels run, how often and for how long: ``python -m benchmarks.profile_gpu --json FILE [STEP.json ...]``.
 
-One call of each case under torch's profiler, after warm-up: the learner step launched call by call and replayed, and
-training passes of `monotonic` and `recurrent`. Tables go to ``profile.txt``, the same numbers to ``profile.json``.
+Prints a table for each training pass of `monotonic` and `recurrent` and each small op, profiled here as ``fastmix
+profile`` does it, and for each learner step that ``fastmix profile --json`` has written.
 """
 
 from __future__ import annotations
@@ -15,115 +15,88 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
-from fastmix.experiments.bench import cases, report, steps, table_cuda
+from fastmix.experiments.bench import cases, report, table_cuda
 from fastmix.experiments.bench.cases import Case
+from fastmix.testing import Profile, profile
 
-CALLS = 5
 SHOWN = 25
 
 
 def targets() -> Iterator[tuple[Callable[[], Case], tuple[str, ...]]]:
-    """Cases, and the contestants of each to look into."""
-    high = table_cuda.HIGH
-    for shape, episodes, length in (("5m_vs_6m", 32, 60), ("MMM2", 128, 120)):
-        yield partial(steps.step, "qmix", shape, episodes, length, (), setting=high), ("ours graph", "ours")
-    for shape, rows in (("5m_vs_6m", 15_360), ("MMM2", 15_360), ("MMM2", 61_440)):
-        names = ("ours", "eager") if rows == 15_360 else ("ours",)
-        yield partial(cases.monotonic, shape, rows, True, high, ()), names
-    for episodes in (32, 128, 256):
-        names = ("ours", "gru") if episodes == 128 else ("ours",)
-        yield partial(cases.recurrent, "MMM2", True, high, (), episodes, 60, False), names
+    """Cases, and the contestants of each to look into where they are there; what matters most first."""
+    high, highest = table_cuda.HIGH, table_cuda.HIGHEST
+    backends = ("ours", "native", "triton", "cudnn")
+    for shape, rows in (("MMM2", 61_440), ("5m_vs_6m", 15_360)):
+        yield partial(cases.monotonic, shape, rows, True, high, ()), backends
+    for episodes in (128, 32):
+        yield partial(cases.recurrent, "MMM2", True, high, (), episodes, 60, False), backends
+    yield partial(cases.returns, 512, 120, highest), ("ours",)
+    yield partial(cases.select, 512, 120, 10, 18, True, highest), ("ours",)
+    yield partial(cases.td_loss, 512, 120, highest), ("ours",)
+    yield partial(cases.monotonic, "MMM2", 61_440, False, high, ()), ("ours",)
+    yield partial(cases.recurrent, "MMM2", False, high, (), 128, 60, False), ("ours",)
+    for shape, rows in (("MMM2", 15_360), ("5m_vs_6m", 61_440)):
+        yield partial(cases.monotonic, shape, rows, True, high, ()), ("ours", "eager")
+    for setting in (highest, table_cuda.BFLOAT16):
+        yield partial(cases.monotonic, "MMM2", 61_440, True, setting, ()), ("ours",)
+    yield partial(cases.recurrent, "MMM2", True, high, (), 256, 60, False), ("ours", "gru")
 
 
-def kernels(call: Callable[[], object]) -> dict[str, Any]:
-    """Kernels, copies and fills of a call: how many, microseconds in each, the most costly first."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        for _ in range(CALLS):
-            call()
-        torch.cuda.synchronize()
-    events = [event for event in profiled.events() or () if event.device_type == DeviceType.CUDA]
-    return summarise([(event.name, event.time_range.start, event.time_range.end) for event in events])
-
-
-def summarise(events: Sequence[tuple[str, float, float]]) -> dict[str, Any]:
-    """What `kernels` returns, from name, begin and end (microseconds) of everything that ran in ``CALLS`` calls."""
-    times: dict[str, list[float]] = {}
-    for name, begin, end in events:
-        times.setdefault(name, []).append(end - begin)
-    entries: list[dict[str, Any]] = [
-        {"name": name, "calls": len(spans) / CALLS, "us": sum(spans) / CALLS, "us_each": sum(spans) / len(spans)}
-        for name, spans in sorted(times.items(), key=lambda item: -sum(item[1]))
-    ]
-    elapsed = max(e[2] for e in events) - min(e[1] for e in events) if events else 0.0
-    return {
-        "kernels": len(events) / CALLS,
-        "busy_us": sum(entry["us"] for entry in entries),
-        "elapsed_us": elapsed / CALLS,
-        "entries": entries,
-    }
-
-
-def table(title: str, found: dict[str, Any]) -> str:
-    """The numbers of `kernels` as text."""
+def kernels(found: Profile) -> str:
+    """The kernels of one call, the most costly first."""
+    runs = sum(count for count, _ in found.by_kernel.values())
+    busy = sum(seconds for _, seconds in found.by_kernel.values())
     lines = [
-        f"== {title}",
-        f"a call: {found['kernels']:.1f} kernels, {found['busy_us']:.1f} us in them,"
-        f" {found['elapsed_us']:.1f} us from the first to the last",
-        f"{'us':>9} {'share':>6} {'calls':>7} {'us each':>8}  kernel",
+        f"a call: {runs} kernels, {1e6 * busy:.1f} us in them; host {1e6 * found.host.median:.1f} us,"
+        f" with the device {1e6 * found.wall.median:.1f} us",
+        f"{'us':>9} {'share':>6} {'runs':>6} {'us each':>8}  kernel",
     ]
-    for entry in found["entries"][:SHOWN]:
-        share = entry["us"] / max(found["busy_us"], 1e-9)
-        lines.append(
-            f"{entry['us']:>9.2f} {share:>6.1%} {entry['calls']:>7.1f} {entry['us_each']:>8.2f}  {entry['name'][:110]}"
-        )
-    if len(found["entries"]) > SHOWN:
-        lines.append(f"... and {len(found['entries']) - SHOWN} more")
+    shown = list(found.by_kernel.items())[:SHOWN]
+    for name, (count, seconds) in shown:
+        share = seconds / max(busy, 1e-12)
+        lines.append(f"{1e6 * seconds:>9.2f} {share:>6.1%} {count:>6} {1e6 * seconds / count:>8.2f}  {name[:110]}")
+    if len(found.by_kernel) > len(shown):
+        lines.append(f"... and {len(found.by_kernel) - len(shown)} more")
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of profile.txt and profile.json")
-    out: Path = parser.parse_args().out
+    parser.add_argument("steps", nargs="*", type=Path, help="what fastmix profile --json has written")
+    parser.add_argument("--json", type=Path, required=True, help="file for all profiles")
+    args = parser.parse_args(arguments)
+    results: list[dict[str, Any]] = []
+
+    def show(title: str, contestant: str, found: Profile) -> None:
+        print(f"== {title}: {contestant}\n{kernels(found)}\n", flush=True)
+        results.append({"case": title, "contestant": contestant, "profile": found.to_json()})
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        args.json.write_text(json.dumps(report.report(results, "float32", device), indent=1) + "\n")
+
+    for path in args.steps:
+        step = json.loads(path.read_text())
+        for name, values in step["profiles"].items():
+            show(f"{step['algo']} {step['shape']} {step['episodes']}x{step['steps']}", name, Profile.from_json(values))
     if not torch.cuda.is_available():
         print("needs a CUDA device", file=sys.stderr)
         return 2
-    results, status = [], 0
-    text = out / "profile.txt"
-    text.write_text("")
-    for build, names in targets():
-        try:
-            case = build()
-        except Exception as error:
-            print(f"not built: {type(error).__name__}: {error}", flush=True)
-            status = 1
-            continue
+    return max((_profile(build, names, show) for build, names in targets()), default=0)
+
+
+def _profile(build: Callable[[], Case], names: Sequence[str], show: Callable[[str, str, Profile], None]) -> int:
+    """Profile contestants of one case; 1 when that failed."""
+    try:
+        case = build()
         for name in names:
-            title = f"{case.name}: {name}"
-            if name not in case.contestants:
-                print(f"== {title}\nabsent: {case.absent.get(name, 'not a contestant')}", flush=True)
-                continue
-            try:
+            if name in case.contestants:
                 with case.setting.applied():
-                    found = kernels(case.contestants[name])
-            except Exception as error:
-                print(f"== {title}\nfailed: {type(error).__name__}: {error}", flush=True)
-                status = 1
-                continue
-            results.append({"case": case.name, "contestant": name, **found})
-            shown = table(title, found)
-            print(shown, flush=True)
-            with text.open("a") as file:
-                file.write(shown + "\n\n")
-            content = report.report(results, "float32", "cuda")
-            (out / "profile.json").write_text(json.dumps(content, indent=1) + "\n")
-    return status
+                    found = profile(case.contestants[name], rounds=5, max_time=1.0, device=case.setting.device)
+                show(f"{case.name} {case.backend}".rstrip(), name, found)
+    except Exception as error:
+        print(f"failed: {build}: {type(error).__name__}: {error}", flush=True)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

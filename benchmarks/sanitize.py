@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from fastmix import backends, ops
-from fastmix.experiments.bench import baselines, cases
+from fastmix.algorithms.optimiser import Optimiser
+from fastmix.experiments.bench import baselines, cases, parity
+from fastmix.ops.monotonic import MonotonicParams
 from fastmix.ops.recurrent import RecurrentParams
 from fastmix.testing import assert_close
 
@@ -104,19 +106,75 @@ def recurrent(setting: cases.Setting) -> None:
         compare(f"recurrent {episodes * agents}x{steps}x{hidden} {setting.name}", run)
 
 
+def monotonic(setting: cases.Setting) -> None:
+    networks = baselines.load("networks")
+    sizes = ((1, 3, 5, 32, 64), (5, 98, 70, 32, 64), (2, 33, 133, 31, 33), (10, 322, 200, 32, 64))
+    for agents, state_dim, rows, embed, hypernet in sizes:
+        mixer = networks.QMixer(agents, state_dim, embed, 2, hypernet).to(setting.device, setting.dtype)
+        params = cases.mixing_params(mixer)
+        agent_qs, states = setting.new(rows, agents, requires_grad=True), setting.new(rows, state_dim)
+        cotangent = setting.new(rows, 1) * ~parity.near_mixing_kink(states, params)
+        leaves = [agent_qs, *(p for p in params if p is not None)]
+        for positivity in ("abs", "none"):
+
+            def run(
+                backend: str, agent_qs: Tensor = agent_qs, states: Tensor = states, params: MonotonicParams = params,
+                leaves: list[Tensor] = leaves, cotangent: Tensor = cotangent, positivity: str = positivity,
+            ) -> Sequence[Tensor]:  # fmt: skip
+                q_tot = ops.monotonic(agent_qs, states, params, positivity=positivity, backend=backend)
+                with torch.no_grad():
+                    alone = ops.monotonic(agent_qs, states, params, positivity=positivity, backend=backend)
+                return [q_tot.detach(), alone, *torch.autograd.grad(q_tot, leaves, cotangent)]
+
+            compare(f"monotonic {rows}x{agents}x{state_dim} {positivity} {setting.name}", run)
+
+
+def optimise(setting: cases.Setting) -> None:
+    start = [setting.new(size) for size in (1, 37, 5_000)]
+    grads = [[torch.randn_like(p) for p in start] for _ in range(3)]
+    for kind in ("rmsprop", "adam"):
+
+        def run(backend: str, kind: str = kind) -> Sequence[Tensor]:
+            parameters = [p.clone() for p in start]
+            with backends.backend(backend):
+                optimiser = Optimiser(parameters, kind=kind, lr=1e-2, alpha=0.9, eps=1e-5, weight_decay=0.0, clip=1.0)
+            norms = []
+            for step in grads:
+                for parameter, grad in zip(parameters, step, strict=True):
+                    parameter.grad = grad
+                norms.append(optimiser.step())
+            return [*norms, *parameters]
+
+        compare(f"optimise {kind} {setting.name}", run)
+
+
+CHECKS: dict[str, Callable[[cases.Setting], None]] = {
+    "returns": returns,
+    "select": select,
+    "td_loss": td_loss,
+    "recurrent": recurrent,
+    "monotonic": monotonic,
+    "optimise": optimise,
+}
+
+
 def main() -> int:
     if not torch.cuda.is_available():
         print("needs a CUDA device", file=sys.stderr)
         return 2
     torch.set_float32_matmul_precision("highest")
     torch.manual_seed(0)
-    checks = {"returns": returns, "select": select, "td_loss": td_loss, "recurrent": recurrent}
-    for op, check in checks.items():
+    status = 0
+    for op, check in CHECKS.items():
         if "native" not in backends.available(op, "cuda"):
             print(f"{op}: no CUDA kernel", flush=True)
             continue
-        check(cases.Setting("cuda"))
-    return 0
+        try:
+            check(cases.Setting("cuda"))
+        except (AssertionError, RuntimeError) as error:  # the others are worth checking
+            print(f"{op}: FAILED: {error}", flush=True)
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

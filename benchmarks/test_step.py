@@ -14,6 +14,6 @@ PROBLEMS = [("qmix", shape) for shape in ("matrix", "3m", "5m_vs_6m", "prey", "M
 PROBLEMS += [(algo, "3m") for algo in REGISTRY if algo != "qmix"]
 
 
-@pytest.mark.parametrize(("problem", "contestant"), harness.contestants(PROBLEMS, ("ours", *steps.BASELINES)))
+@pytest.mark.parametrize(("problem", "contestant"), harness.contestants(PROBLEMS, ("ours", "eager", "compile")))
 def test_step(benchmark: Any, problem: tuple[str, str], contestant: str) -> None:
     harness.run(benchmark, steps.step, problem, contestant)

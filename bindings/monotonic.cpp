@@ -22,10 +22,15 @@ MonotonicShape shape(const Sizes& sizes, int positivity, double beta, int thread
   return {rows, agents, embed, hidden, state_dim, static_cast<Positivity>(positivity), beta, threads};
 }
 
+// Rows whose groups follow each other evenly come as one group.
 template <class T>
 StridedRows<T> strided(const Rows& rows, int64_t count, const char* name) {
-  check(rows[1] >= 1 || count == 0, "rows must come in groups of at least one");
-  return {pointer<const T>(static_cast<Address>(rows[0]), count, name), rows[1], rows[2], rows[3], rows[4]};
+  const auto [address, inner, outer_stride, inner_stride, column_stride] = rows;
+  check(inner >= 1 || count == 0, "rows must come in groups of at least one");
+  const auto* data = pointer<const T>(static_cast<Address>(address), count, name);
+  if (inner == 1 && count > 1) return {data, count, 0, outer_stride, column_stride};
+  if (inner < 1 || outer_stride == inner * inner_stride) return {data, count + 1, 0, inner_stride, column_stride};
+  return {data, inner, outer_stride, inner_stride, column_stride};
 }
 
 template <class T>
@@ -82,9 +87,126 @@ void backward(const MonotonicShape& s, const Rows& agent_qs, const Rows& states,
   FASTMIX_DISPATCH(monotonic_backward, p);
 }
 
+#if defined(FASTMIX_CUDA)
+void raise(const char* error) {
+  if (error != nullptr) throw std::runtime_error(std::string("monotonic: launch on CUDA failed: ") + error);
+}
+
+MonotonicCudaShape cuda_shape(const MonotonicShape& s, bool full_precision) {
+  check(s.hidden >= 1 && s.hidden <= kMonotonicHidden, "on CUDA the hypernets must have hidden layers of at most 64");
+  check(s.embed <= kMonotonicEmbed, "on CUDA embed must be at most 32");
+  check(s.rows <= kMonotonicCudaRows, "on CUDA there must be at most 2^30 rows");
+  check(s.positivity == Positivity::abs || s.positivity == Positivity::none, "on CUDA positivity must be abs or none");
+  return {s.rows, s.agents, s.embed, s.hidden, s.state_dim, s.positivity, full_precision};
+}
+
+// A dense buffer that kernels read in pieces of up to 16 bytes.
+template <class T>
+T* buffer(Address address, int64_t elements, const char* name) {
+  if (address % 16 != 0) throw std::invalid_argument(std::string(name) + " is not aligned to 16 bytes");
+  return pointer<T>(address, elements, name);
+}
+
+// Gradients that lie one behind the other, in the order of the parameters.
+Addresses addresses_from(Address first, const MonotonicCudaShape& s) {
+  const int64_t hidden = s.hidden * s.state_dim, direct = s.embed * s.state_dim, generated = s.agents * s.embed;
+  const std::array<int64_t, 14> sizes = {hidden,
+                                         s.hidden,
+                                         generated * s.hidden,
+                                         generated,
+                                         hidden,
+                                         s.hidden,
+                                         s.embed * s.hidden,
+                                         s.embed,
+                                         direct,
+                                         s.embed,
+                                         direct,
+                                         s.embed,
+                                         s.embed,
+                                         1};
+  Addresses result;
+  for (size_t i = 0; i < result.size(); ++i) {
+    result[i] = first;
+    first += static_cast<Address>(sizes[i]) * sizeof(float);
+  }
+  return result;
+}
+
+// The last argument is the stream, a cudaStream_t as an integer.
+void register_cuda(py::module_& m) {
+  m.def(
+      "monotonic_packed_cuda",
+      [](int64_t agents, int64_t state_dim) { return monotonic_packed(agents, state_dim).total; },
+      "Floats of packed parameters.");
+  m.def("monotonic_pack_cuda",
+        [](const Addresses& parameters, Address packed, const Sizes& sizes, bool full_precision, Address stream) {
+          const MonotonicShape s = shape(sizes, 0, 1, 1);
+          const MonotonicPackCuda p{cuda_shape(s, full_precision), weights<const float>(parameters, s),
+                                    buffer<float>(packed, 1, "packed")};
+          raise(monotonic_pack_cuda(p, reinterpret_cast<void*>(stream)));
+        });
+  m.def("monotonic_forward_cuda",
+        [](const Rows& agent_qs, const Rows& states, Address packed, Address q_tot, Address activations,
+           const Sizes& sizes, int positivity, bool full_precision, Address stream) {
+          const MonotonicCudaShape s = cuda_shape(shape(sizes, positivity, 1, 1), full_precision);
+          check(states[4] == 1, "states must be dense in their last dimension");
+          const MonotonicForwardCuda p{s,
+                                       strided<float>(agent_qs, s.rows, "agent_qs"),
+                                       strided<float>(states, s.rows, "states"),
+                                       buffer<const float>(packed, 1, "packed"),
+                                       pointer<float>(q_tot, s.rows, "q_tot"),
+                                       buffer<float>(activations, 0, "activations")};
+          raise(monotonic_forward_cuda(p, reinterpret_cast<void*>(stream)));
+        });
+  m.def("monotonic_backward_rows_cuda",
+        [](const Rows& agent_qs, Address packed, Address grad_q_tot, Address activations, Address grad_agent_qs,
+           Address grad_activations, Address signs, const Sizes& sizes, int positivity, bool full_precision,
+           Address stream) {
+          const MonotonicCudaShape s = cuda_shape(shape(sizes, positivity, 1, 1), full_precision);
+          const MonotonicBackwardRowsCuda p{s,
+                                            strided<float>(agent_qs, s.rows, "agent_qs"),
+                                            buffer<const float>(packed, 1, "packed"),
+                                            pointer<const float>(grad_q_tot, s.rows, "grad_q_tot"),
+                                            buffer<const float>(activations, s.rows, "activations"),
+                                            pointer<float>(grad_agent_qs, 0, "grad_agent_qs"),
+                                            buffer<float>(grad_activations, s.rows, "grad_activations"),
+                                            buffer<uint32_t>(signs, s.rows, "signs")};
+          raise(monotonic_backward_rows_cuda(p, reinterpret_cast<void*>(stream)));
+        });
+  m.def(
+      "monotonic_parts_cuda",
+      [](const Sizes& sizes, bool full_precision, Address) {
+        return monotonic_parts_cuda(cuda_shape(shape(sizes, 0, 1, 1), full_precision));
+      },
+      "Floats that monotonic_backward_weights_cuda works with on the current device.");
+  m.def("monotonic_backward_weights_cuda",
+        [](const Rows& agent_qs, const Rows& states, Address grad_q_tot, Address activations, Address grad_activations,
+           Address signs, Address parts, int64_t parts_size, Address gradients, const Sizes& sizes, int positivity,
+           bool full_precision, Address stream) {
+          const MonotonicShape s = shape(sizes, positivity, 1, 1);
+          const MonotonicCudaShape on_cuda = cuda_shape(s, full_precision);
+          check(states[4] == 1, "states must be dense in their last dimension");
+          check(parts_size >= monotonic_parts_cuda(on_cuda), "parts are too few for this device");
+          const MonotonicBackwardWeightsCuda p{on_cuda,
+                                               strided<float>(agent_qs, s.rows, "agent_qs"),
+                                               strided<float>(states, s.rows, "states"),
+                                               pointer<const float>(grad_q_tot, s.rows, "grad_q_tot"),
+                                               buffer<const float>(activations, s.rows, "activations"),
+                                               buffer<const float>(grad_activations, s.rows, "grad_activations"),
+                                               buffer<const uint32_t>(signs, s.rows, "signs"),
+                                               buffer<float>(parts, parts_size, "parts"),
+                                               weights<float>(addresses_from(gradients, on_cuda), s)};
+          raise(monotonic_backward_weights_cuda(p, reinterpret_cast<void*>(stream)));
+        });
+}
+#endif
+
 }  // namespace
 
 void register_monotonic(py::module_& m) {
+#if defined(FASTMIX_CUDA)
+  register_cuda(m);
+#endif
   m.def(
       "monotonic_saved",
       [](int64_t agents, int64_t embed, int64_t hidden, bool is_double) {

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: ``reference``, ``native`` or ``triton``.
+"""Which implementation of an op runs: ``reference``, ``native``, ``triton`` or ``cudnn``.
 
 The choice is automatic, by device and dtype, from `TABLE`. A choice made by the user (the ``backend=`` argument of an
 op, ``with fastmix.backend("..."):`` or the environment variable ``FASTMIX_BACKEND``, read once, in this order of
@@ -19,7 +19,7 @@ import torch
 
 logger = logging.getLogger("fastmix")
 
-NAMES: Final = ("reference", "native", "triton")
+NAMES: Final = ("reference", "native", "triton", "cudnn")
 
 # op -> device -> backends, the preferred one first. "native" is the compiled core, "reference" is plain PyTorch and is
 # always possible. Source of the order: the op tables of `fastmix bench ops` (benchmarks/results/).
@@ -30,10 +30,20 @@ TABLE: Final[dict[str, dict[str, tuple[str, ...]]]] = {
 # So far plain PyTorch everywhere.
 TABLE.update({op: {} for op in ("attention", "duplex", "importance", "recognise", "unrestricted")})
 # On the CPU Triton only interprets, for tests; it is never chosen there.
-TABLE["monotonic"] = {"cpu": ("native", "reference", "triton"), "cuda": ("triton", "reference")}
+TABLE["monotonic"] = {"cpu": ("native", "reference", "triton"), "cuda": ("native", "triton", "reference")}
+# Nor is "cudnn", which on the CPU is PyTorch's own GRU.
+TABLE["recurrent"] = {"cpu": ("native", "reference", "cudnn"), "cuda": ("native", "cudnn", "reference")}
 
 NATIVE_DTYPES: Final = (torch.float32, torch.float64)
 TRITON_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
+CUDNN_DTYPES: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# Of native kernels on CUDA that multiply on the matrix units: they have float32 only, from compute capability 8.0 on.
+MATRIX_OPS: Final = ("monotonic", "recurrent")
+
+
+class UnavailableError(RuntimeError):
+    """The backend that the user chose cannot run this op on this device, dtype or size."""
+
 
 _chosen: str | None = None  # by backend(); a plain global, which torch.compile guards on
 
@@ -57,7 +67,8 @@ def resolve(op: str, tensor: torch.Tensor, explicit: str | None = None, *, nativ
 
     Raises:
         ValueError: an unknown backend name.
-        RuntimeError: the user's choice cannot run this op on this device and dtype, with the reason.
+        UnavailableError: the user's choice cannot run this op on this device and dtype, or this very call, with the
+            reason.
     """
     return _resolve(op, tensor.device.type, tensor.dtype, explicit or _chosen, native_limit)
 
@@ -83,6 +94,14 @@ def cuda_problem() -> str | None:
 
 
 @cache
+def matrix_problem() -> str | None:
+    """Why products of ours cannot run on this GPU, or None where they can or where there is none to ask."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "its products need a GPU of compute capability 8.0 or newer"
+    return None
+
+
+@cache
 def triton_problem(device: str) -> str | None:
     """Why Triton kernels cannot run on ``device``, or None when they can; does not import Triton."""
     if importlib.util.find_spec("triton") is None:
@@ -92,9 +111,14 @@ def triton_problem(device: str) -> str | None:
         return None if interpreted else "Triton runs on the CPU only in its interpreter (TRITON_INTERPRET=1)"
     if interpreted:
         return "TRITON_INTERPRET=1 is set, and Triton's interpreter runs on the CPU"
-    if device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-        return "its products need a GPU of compute capability 8.0 or newer"
-    return None
+    return matrix_problem() if device == "cuda" else None
+
+
+def cudnn_problem(device: str) -> str | None:
+    """Why cuDNN's GRU cannot run on ``device``, or None when it can; PyTorch's own takes its place on the CPU."""
+    if device == "cpu" or torch.backends.cudnn.is_available():
+        return None
+    return "this PyTorch has no cuDNN; install one that has, or choose another backend"
 
 
 def available(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
@@ -120,7 +144,7 @@ def _decide(op: str, device: str, dtype: torch.dtype, chosen: str | None, native
     if chosen is not None:
         reason = obstacle(_known(chosen, "backend"))
         if reason:
-            raise RuntimeError(f"backend {chosen!r} was asked for, but {reason}")
+            raise UnavailableError(f"backend {chosen!r} was asked for, but {reason}")
         return chosen
     for name in TABLE[op].get(device, ("reference",)):
         reason = obstacle(name)
@@ -136,12 +160,20 @@ def _obstacle(op: str, name: str, device: str, dtype: torch.dtype) -> str | None
         return None
     if name not in TABLE[op].get(device, ()):
         return f"{op} has no {name!r} backend on device {device!r}"
-    dtypes = TRITON_DTYPES if name == "triton" else NATIVE_DTYPES
+    on_matrix_units = name == "native" and device == "cuda" and op in MATRIX_OPS
+    native_dtypes = NATIVE_DTYPES[:1] if on_matrix_units else NATIVE_DTYPES
+    dtypes = {"triton": TRITON_DTYPES, "cudnn": CUDNN_DTYPES}.get(name, native_dtypes)
     if dtype not in dtypes:
         return f"{op} on {name!r} takes {' or '.join(map(str, dtypes))}, got {dtype}"
     if name == "triton":
         return triton_problem(device)
-    return core_problem() or (cuda_problem() if device == "cuda" else None)
+    if name == "cudnn":
+        return cudnn_problem(device)
+    return (
+        core_problem()
+        or (cuda_problem() if device == "cuda" else None)
+        or (matrix_problem() if on_matrix_units else None)
+    )
 
 
 def _known(name: str, argument: str) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmix.algorithms import PRESETS, REGISTRY
+from fastmix.ops._layers import Layers, Linear
+from fastmix.ops.attention import AttentionParams
+from fastmix.ops.duplex import DuplexParams, ImportanceParams, RecogniserParams
 from fastmix.ops.monotonic import MonotonicParams
 from fastmix.ops.recurrent import RecurrentParams
+from fastmix.ops.unrestricted import UnrestrictedParams
 from fastmix.testing.shapes import SHAPES, Shape
 
 __all__ = [
@@ -19,12 +24,17 @@ __all__ = [
     "SHAPES",
     "Episodes",
     "Shape",
+    "attention_params",
+    "duplex_params",
     "episodes",
+    "joint_actions",
     "monotonic_params",
     "non_contiguous",
     "odd_shapes",
     "own_presets",
+    "recogniser_params",
     "recurrent_params",
+    "unrestricted_params",
 ]
 
 ODD_AGENTS = (1, 2, 27)
@@ -103,6 +113,106 @@ def recurrent_params(
     )
 
 
+def attention_params(
+    shape: Shape,
+    own_size: int,
+    heads: int = 4,
+    embed: int = 32,
+    hidden: int = 64,
+    *,
+    layers: int = 2,
+    bias: bool = True,
+    nonlinear: bool = False,
+    weighted: bool = True,
+    constant: int = 32,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    requires_grad: bool = True,
+) -> AttentionParams:
+    """Weights of attention over agents; ``bias`` of queries and keys, ``constant`` the hidden width of V(s), or 0."""
+    make = _Uniform(dtype, seed, requires_grad)
+    S, between = shape.state_dim, [hidden] * (layers - 1)
+    query = make.layers(S, *between, embed, groups=heads)
+    (key,) = make.layers(own_size + nonlinear, embed, groups=heads)
+    if not bias:
+        query, key = (*query[:-1], query[-1]._replace(bias=None)), key._replace(bias=None)
+    return AttentionParams(
+        query,
+        key,
+        make.layers(S, *between, heads) if weighted else (),
+        make.layers(S, constant, 1) if constant else (),
+    )
+
+
+def duplex_params(
+    shape: Shape,
+    kernels: int = 4,
+    hidden: int = 64,
+    layers: int = 2,
+    *,
+    hypernet_embed: int = 64,
+    weighted: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    requires_grad: bool = True,
+) -> DuplexParams:
+    """Weights of QPLEX; `layers` in each of the importance networks, `weighted` for a transform."""
+    make = _Uniform(dtype, seed, requires_grad)
+    S, A, U, between = shape.state_dim, shape.n_agents, shape.n_actions, [hidden] * (layers - 1)
+    return DuplexParams(
+        make.layers(S, hypernet_embed, A) if weighted else (),
+        make.layers(S, hypernet_embed, A) if weighted else (),
+        ImportanceParams(
+            make.layers(S, *between, 1, groups=kernels),
+            make.layers(S, *between, A, groups=kernels),
+            make.layers(S + A * U, *between, A, groups=kernels),
+        ),
+    )
+
+
+def recogniser_params(
+    shape: Shape,
+    embed: int = 32,
+    hypernet_embed: int = 64,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    requires_grad: bool = True,
+) -> RecogniserParams:
+    """Weights of POWQMIX's recogniser."""
+    make = _Uniform(dtype, seed, requires_grad)
+    S, A, inputs = shape.state_dim, shape.n_agents, shape.state_dim + shape.n_agents * shape.n_actions
+    return RecogniserParams(
+        make.layers(inputs, hypernet_embed, A * embed),
+        make.layers(inputs, hypernet_embed, embed),
+        make.layers(S, embed, 1),
+    )
+
+
+def unrestricted_params(
+    inputs: int,
+    state_dim: int,
+    *hidden: int,
+    outputs: int = 1,
+    constant: int = 0,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    requires_grad: bool = True,
+) -> UnrestrictedParams:
+    """Weights of an unrestricted network with the given hidden widths; `constant` the hidden width of V(s), or 0."""
+    make = _Uniform(dtype, seed, requires_grad)
+    return UnrestrictedParams(
+        make.layers(inputs, *hidden, outputs), make.layers(state_dim, constant, 1) if constant else ()
+    )
+
+
+def joint_actions(shape: Shape, *leading: int, seed: int = 0) -> Tensor:
+    """Random actions `[..., A]`, about one in eight of them none (-1)."""
+    g = torch.Generator().manual_seed(seed)
+    actions = torch.randint(shape.n_actions, (*leading, shape.n_agents), generator=g)
+    return actions.masked_fill(torch.rand(actions.shape, generator=g) < 1 / 8, -1)
+
+
 class Episodes(NamedTuple):
     """A training batch of ragged episodes; everything after an episode's end is zero, as replay hands it out."""
 
@@ -171,3 +281,10 @@ class _Uniform:
         bound = (fan_in or size[-1]) ** -0.5
         values = torch.rand(*size, generator=self.generator, dtype=torch.float64) * (2 * bound) - bound
         return values.to(self.dtype).requires_grad_(self.requires_grad)
+
+    def layers(self, *sizes: int, groups: int | None = None) -> Layers:
+        group = () if groups is None else (groups,)
+        return tuple(
+            Linear(self(*group, outputs, inputs), self(*group, outputs, fan_in=inputs))
+            for inputs, outputs in pairwise(sizes)
+        )

@@ -85,17 +85,21 @@ class PublicLearner:
             if module is not None:
                 yield name, module
 
-    def compile(self) -> None:
-        """Compile the agent's step and the mixer, online and target; loops and the optimiser stay as they are.
-
-        A graph over the whole unrolled sequence is not sensible: it takes minutes to build, once per episode length.
-        """
+    def compile(self, mode: str | None = None) -> None:
+        """Compile the agent's step and the mixer, online and target; loops and the optimiser stay as they are."""
         # Each module is called with one set of shapes only.
-        self._agent = torch.compile(self.agent, dynamic=False)
-        self._target_agent = torch.compile(self.target_agent, dynamic=False)
+        self._agent = torch.compile(self.agent, dynamic=False, mode=mode)
+        self._target_agent = torch.compile(self.target_agent, dynamic=False, mode=mode)
         if isinstance(self.mixer, QMixer) and isinstance(self.target_mixer, QMixer):
-            self._mixer = torch.compile(self.mixer, dynamic=False)
-            self._target_mixer = torch.compile(self.target_mixer, dynamic=False)
+            self._mixer = torch.compile(self.mixer, dynamic=False, mode=mode)
+            self._target_mixer = torch.compile(self.target_mixer, dynamic=False, mode=mode)
+
+    def compile_loss(self) -> None:
+        """Compile the loss as one graph over the whole unrolled sequence.
+
+        It takes minutes to build, once per episode length: no trainer does this, but it shows what could be had.
+        """
+        self.loss = torch.compile(self.loss, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
 
     def step(self, batch: PublicBatch) -> dict[str, Tensor]:
         """One training step; returns the loss and the gradient norm before clipping."""

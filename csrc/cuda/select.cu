@@ -1,16 +1,16 @@
 // `select` on CUDA: one pass over the utilities, and one that writes the dense gradient.
 //
 // Rows of actions are short (5 to 36) and of odd length, so neither a thread nor a warp for each would read memory
-// well. A block takes the agents of several rows, as many as it has threads; all its threads bring their actions to
-// shared memory, in the order in which they lie, several loads in flight each, already as integers that compare like
-// the values and with the unavailable ones lowest. Then every thread has one agent: it walks along that agent's
-// actions, fetches what is asked for at the ones it found, from caches by now, and writes beside its neighbours. The
-// gradient goes the other way: a tile of zeros in shared memory, into it what each agent has, and out as it lies.
+// well. A block takes the agents of several rows, as many as it has threads, and brings all their actions to shared
+// memory in the order in which they lie, by copies that are all in flight at once. Then every thread has one agent: it
+// walks along that agent's actions there, and writes beside its neighbours. The gradient goes the other way: a tile of
+// zeros in shared memory, into it what each agent has, and out as it lies.
 #undef NDEBUG  // actions out of range are an assertion, as in torch's own kernels
 #include <cassert>
 #include <initializer_list>
 #include <type_traits>
 
+#include "cuda/copy.h"
 #include "cuda/launch.h"
 #include "fastmix/select.h"
 
@@ -18,14 +18,15 @@ namespace fastmix {
 namespace {
 
 using FASTMIX_ISA::blocks;
+using FASTMIX_ISA::copies_done;
+using FASTMIX_ISA::copy_async;
 using FASTMIX_ISA::launched;
 using FASTMIX_ISA::split;
 
 constexpr int kThreads = 128;
-constexpr int kGroup = 4;     // actions that a thread loads at once where they are dense
-constexpr int kInFlight = 5;  // loads that it issues before it uses the first
-template <class T>
-constexpr int kChunk = 256 / sizeof(T);  // actions of an agent that are in shared memory at once
+constexpr int kGroup = 4;  // numbers that go together where they are dense
+template <class T, class M>
+constexpr int kChunk = 320 / (sizeof(T) + sizeof(M));  // actions of an agent that are in shared memory at once
 template <class T>
 constexpr int kTile = 32768 / sizeof(T);  // numbers of the gradient that are there at once
 
@@ -60,68 +61,37 @@ struct alignas(sizeof(T) < 4 ? kGroup * sizeof(T) : 16) Group {
 };
 
 // Where number `index` lies in shared memory: 16 bytes are left out after every 128, so that threads which read with a
-// stride meet in a bank four at a time at most, and groups stay whole.
+// stride meet in a bank four at a time at most, and groups stay whole. Bytes meet rarely.
 template <class T>
 __device__ constexpr int slot(int index) {
+  if (sizeof(T) == 1) return index;
   return index + static_cast<int>(static_cast<unsigned>(index) / (128 / sizeof(T)) * (16 / sizeof(T)));
 }
 template <class T>
-size_t shared_bytes(int64_t numbers) {
-  return numbers * sizeof(T) / 128 * 144 + 144;
+__host__ __device__ constexpr size_t shared_bytes(int64_t numbers) {
+  return static_cast<size_t>(numbers) * sizeof(T) / 128 * 144 + 144;
 }
+static_assert(shared_bytes<double>(kThreads* kChunk<double, double>) * 2 <= 46 * 1024, "beside what is static");
 
-template <class T, class M>
-__device__ Key<T> key_if(const M& available, T q) {
-  if constexpr (std::is_same_v<M, Always>) {
-    return key_of(q);
-  } else {
-    return available != M(0) ? key_of(q) : kLowestKey<T>;
-  }
-}
-
-// Brings the keys of the dense numbers [0, count) to shared memory.
-template <class T, class M>
-__device__ void stage_dense(const T* qs, const M* avail, int count, Key<T>* keys) {
-  const int thread = static_cast<int>(threadIdx.x), groups = count / kGroup;
-  for (int first = thread; first < groups; first += kThreads * kInFlight) {
-    Group<T> q[kInFlight];
-    Group<M> available[kInFlight];
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      // Past the end the last one once more: loads without branches between them are in flight together.
-      const int group = min(first + i * kThreads, groups - 1);
-      q[i] = reinterpret_cast<const Group<T>*>(qs)[group];
-      if constexpr (!std::is_same_v<M, Always>) available[i] = reinterpret_cast<const Group<M>*>(avail)[group];
-    }
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int group = first + i * kThreads;
-      Group<Key<T>> key;
-      for (int j = 0; j < kGroup; ++j) key.at[j] = key_if(available[i].at[j], q[i].at[j]);
-      if (group < groups) *reinterpret_cast<Group<Key<T>>*>(keys + slot<T>(group * kGroup)) = key;
-    }
-  }
-  const int rest = groups * kGroup + thread;
-  if (rest < count) keys[slot<T>(rest)] = key_if(avail == nullptr ? M() : avail[rest], qs[rest]);
+// Brings the dense numbers [0, count) to shared memory.
+template <class T>
+__device__ void stage_dense(const T* from, int count, T* to) {
+  constexpr int kBytes = alignof(Group<T>), kNumbers = kBytes / sizeof(T);
+  const int thread = static_cast<int>(threadIdx.x), whole = count / kNumbers * kNumbers;
+  for (int i = thread * kNumbers; i < whole; i += kThreads * kNumbers) copy_async<kBytes>(to + slot<T>(i), from + i);
+  if (whole + thread < count) to[slot<T>(whole + thread)] = from[whole + thread];
 }
 
 // The same for pieces of `width` numbers each, that begin at the given offsets.
-template <class T, class M>
-__device__ void stage_pieces(const T* qs, const int64_t* q_offsets, const M* avail, const int64_t* avail_offsets,
-                             int width, int count, Key<T>* keys) {
-  for (int first = static_cast<int>(threadIdx.x); first < count; first += kThreads * kInFlight) {
-    T q[kInFlight];
-    M available[kInFlight];
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int index = min(first + i * kThreads, count - 1), piece = index / width, at = index - piece * width;
-      q[i] = qs[q_offsets[piece] + at];
-      if constexpr (!std::is_same_v<M, Always>) available[i] = avail[avail_offsets[piece] + at];
-    }
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int index = first + i * kThreads;
-      if (index < count) keys[slot<T>(index)] = key_if(available[i], q[i]);
+template <class T>
+__device__ void stage_pieces(const T* from, const int64_t* offsets, int width, int count, T* to) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+    const int piece = i / width;
+    const T* number = from + offsets[piece] + (i - piece * width);
+    if constexpr (sizeof(T) >= 4) {
+      copy_async<sizeof(T)>(to + slot<T>(i), number);
+    } else {
+      to[slot<T>(i)] = *number;
     }
   }
 }
@@ -129,14 +99,16 @@ __device__ void stage_pieces(const T* qs, const int64_t* q_offsets, const M* ava
 // kDense: the agents of consecutive rows lie one behind the other, in agent_qs and in avail_actions, in whole groups
 // for each block; all their actions fit into a chunk; and there is one outer row.
 template <class T, class M, bool kDense>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 8)
     forward_kernel(const SelectForward<T> p, int rows_per_block, long long* faults) {
+  constexpr bool kMasked = !std::is_same_v<M, Always>;
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ int64_t q_offsets[kThreads];
   __shared__ int64_t avail_offsets[kThreads];
   __shared__ bool greedy_rows[kThreads];
-  auto* keys = reinterpret_cast<Key<T>*>(memory);
-  const auto* avail = static_cast<const M*>(p.avail_actions);
+  const int64_t widest = p.n_actions < kChunk<T, M> ? p.n_actions : kChunk<T, M>;
+  T* qs = reinterpret_cast<T*>(memory);
+  M* avail = reinterpret_cast<M*>(memory + shared_bytes<T>(kThreads * widest));
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t rows = p.outer * p.inner, step = static_cast<int64_t>(gridDim.x) * rows_per_block;
   for (int64_t first_row = blockIdx.x * static_cast<int64_t>(rows_per_block); first_row < rows; first_row += step) {
@@ -149,43 +121,54 @@ __global__ void __launch_bounds__(kThreads)
       const bool busy = thread < items;
       const int own_row = thread / agents;
       const int64_t row = first_row + own_row, agent = first_agent + thread % agents, out = row * p.n_agents + agent;
-      int64_t outer = 0, inner = row, action = 0, q_offset = out * p.n_actions;
+      int64_t outer = 0, inner = row, action = -1;
       if (busy) {
         if constexpr (!kDense) {
           split(row, p.inner, outer, inner);
-          q_offset = q_offsets[thread] = offset(p.agent_qs_strides, outer, inner, agent);
-          if (avail != nullptr) avail_offsets[thread] = offset(p.avail_strides, outer, inner, agent);
+          q_offsets[thread] = offset(p.agent_qs_strides, outer, inner, agent);
+          if constexpr (kMasked) avail_offsets[thread] = offset(p.avail_strides, outer, inner, agent);
         }
         if (p.actions != nullptr) action = p.actions[offset(p.actions_strides, outer, inner, agent)];
       }
       Key<T> best = kLowestKey<T>;
       int64_t greedy = 0;
-      for (int64_t start = 0; start < p.n_actions; start += kChunk<T>) {
-        const int width = p.n_actions - start < kChunk<T> ? static_cast<int>(p.n_actions - start) : kChunk<T>;
+      T greedy_q = p.unavailable, chosen_q = 0;
+      for (int64_t start = 0; start < p.n_actions; start += kChunk<T, M>) {
+        const int width =
+            p.n_actions - start < widest ? static_cast<int>(p.n_actions - start) : static_cast<int>(widest);
         __syncthreads();  // the offsets are there, and nobody reads the last chunk any more
         if constexpr (kDense) {
-          const int64_t first = (first_row * p.n_agents + first_agent) * p.n_actions;
-          stage_dense(p.agent_qs + first, avail == nullptr ? nullptr : avail + first, items * width, keys);
+          const int64_t first = first_row * p.n_agents * p.n_actions;
+          stage_dense(p.agent_qs + first, items * width, qs);
+          if constexpr (kMasked) stage_dense(static_cast<const M*>(p.avail_actions) + first, items * width, avail);
         } else {
-          stage_pieces(p.agent_qs + start, q_offsets, avail == nullptr ? nullptr : avail + start, avail_offsets, width,
-                       items * width, keys);
-        }
-        __syncthreads();
-        if (busy) {
-          for (int u = 0; u < width; ++u) {
-            const Key<T> key = keys[slot<T>(thread * width + u)];
-            if (key > best) {
-              best = key;
-              greedy = start + u;
-            }
+          stage_pieces(p.agent_qs + start, q_offsets, width, items * width, qs);
+          if constexpr (kMasked) {
+            stage_pieces(static_cast<const M*>(p.avail_actions) + start, avail_offsets, width, items * width, avail);
           }
         }
+        copies_done();
+        __syncthreads();
+        if (!busy) continue;
+        int best_at = -1;
+        for (int u = 0; u < width; ++u) {
+          Key<T> key = key_of(qs[slot<T>(thread * width + u)]);
+          if constexpr (kMasked) key = avail[slot<M>(thread * width + u)] != M(0) ? key : kLowestKey<T>;
+          if (key > best) {
+            best = key;
+            best_at = u;
+          }
+        }
+        if (best_at >= 0) {
+          greedy = start + best_at;
+          greedy_q = qs[slot<T>(thread * width + best_at)];
+        }
+        if (action >= start && action < start + width) chosen_q = qs[slot<T>(thread * width + (action - start))];
       }
       if (!busy) continue;
       const bool found = best != kLowestKey<T>;
-      const T* q = p.agent_qs + q_offset;
       p.greedy_actions[out] = greedy;
-      p.greedy_qs[out] = found ? q[greedy] : p.unavailable;
+      p.greedy_qs[out] = greedy_q;
       if (p.target_qs != nullptr) {
         p.chosen_target_qs[out] =
             found ? p.target_qs[offset(p.target_strides, outer, inner, agent) + greedy] : p.unavailable;
@@ -197,7 +180,7 @@ __global__ void __launch_bounds__(kThreads)
         } else if (!inside) {
           atomicMin(faults + 1, static_cast<long long>(row));
         }
-        p.chosen_qs[out] = inside ? q[action] : T(0);
+        p.chosen_qs[out] = chosen_q;
         if (action != greedy) greedy_rows[own_row] = false;
       }
       if (!found && faults != nullptr && p.mask[outer * p.mask_strides.outer + inner * p.mask_strides.inner]) {
@@ -283,13 +266,13 @@ const char* forward_as(SelectForward<T> p, int64_t* faults, cudaStream_t stream)
     return data == nullptr || (reinterpret_cast<uintptr_t>(data) % alignment == 0 &&
                                (p.n_agents == 1 || s.agent == p.n_actions) && (p.inner == 1 || s.inner == row_size));
   };
-  const bool is_dense = p.outer == 1 && p.n_agents <= kThreads && p.n_actions <= kChunk<T> &&
+  const bool is_dense = p.outer == 1 && p.n_agents <= kThreads && p.n_actions <= kChunk<T, M> &&
                         rows * row_size % kGroup == 0 && dense(p.agent_qs, alignof(Group<T>), p.agent_qs_strides) &&
                         dense(p.avail_actions, alignof(Group<M>), p.avail_strides);
   const auto kernel = is_dense ? forward_kernel<T, M, true> : forward_kernel<T, M, false>;
-  const int64_t widest = p.n_actions < kChunk<T> ? p.n_actions : kChunk<T>;
-  kernel<<<blocks(p.outer * p.inner, rows), kThreads, shared_bytes<T>(kThreads * widest), stream>>>(
-      p, rows, reinterpret_cast<long long*>(faults));
+  const int64_t widest = kThreads * (p.n_actions < kChunk<T, M> ? p.n_actions : kChunk<T, M>);
+  const size_t shared = shared_bytes<T>(widest) + (std::is_same_v<M, Always> ? 0 : shared_bytes<M>(widest));
+  kernel<<<blocks(p.outer * p.inner, rows), kThreads, shared, stream>>>(p, rows, reinterpret_cast<long long*>(faults));
   return launched();
 }
 

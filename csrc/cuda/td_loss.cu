@@ -29,11 +29,11 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const TDLossForward<T
   const int64_t total = p.sizes[0] * p.sizes[1] * p.sizes[2], step = static_cast<int64_t>(gridDim.x) * kPerBlock;
   double squares = 0, masks = 0;
   for (int64_t first = blockIdx.x * static_cast<int64_t>(kPerBlock) + threadIdx.x; first < total; first += step) {
-    T q[kInFlight], target[kInFlight], mask[kInFlight], weight[kInFlight];
+    T q[kInFlight], residual[kInFlight], target[kInFlight], mask[kInFlight], weight[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const int64_t index = first + i * kThreads;
-      q[i] = target[i] = mask[i] = 0;
+      q[i] = residual[i] = target[i] = mask[i] = 0;
       weight[i] = 1;
       if (index < total) {
         int64_t rest, outer, middle, inner;
@@ -43,14 +43,14 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const TDLossForward<T
         target[i] = read(p.targets, outer, middle, inner);
         mask[i] = read(p.mask, outer, middle, inner);
         if (p.weights.data != nullptr) weight[i] = read(p.weights, outer, middle, inner);
-        if (p.residual.data != nullptr) q[i] += read(p.residual, outer, middle, inner);
+        if (p.residual.data != nullptr) residual[i] = read(p.residual, outer, middle, inner);
       }
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const int64_t index = first + i * kThreads;
       // Selected, not multiplied: padded steps may hold NaN or inf.
-      const T td = mask[i] != 0 ? mask[i] * (q[i] - target[i]) : T(0);
+      const T td = mask[i] != 0 ? mask[i] * (q[i] + residual[i] - target[i]) : T(0);
       const T weighted = mask[i] != 0 ? weight[i] * td : T(0);
       squares += static_cast<double>(weighted) * static_cast<double>(td);
       masks += static_cast<double>(mask[i]);

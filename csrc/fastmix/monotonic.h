@@ -78,4 +78,87 @@ FASTMIX_DECLARE(void monotonic_forward(const MonotonicForward<double>& p))
 FASTMIX_DECLARE(void monotonic_backward(const MonotonicBackward<float>& p))
 FASTMIX_DECLARE(void monotonic_backward(const MonotonicBackward<double>& p))
 
+// --- On CUDA, compute capability 8.0 and up: float32, two-layer hypernets with H <= 64, E <= 32, abs or none ---------
+
+// Kernels pad H and E to these, with zeros. The first layers' outputs are then 192 columns: hidden of w1 [0, 64),
+// hidden of w2 [64, 128), b1 [128, 160), hidden of V [160, 192).
+inline constexpr int kMonotonicHidden = 64, kMonotonicEmbed = 32;
+inline constexpr int kMonotonicColumns = 2 * kMonotonicHidden + 2 * kMonotonicEmbed;
+inline constexpr int64_t kMonotonicCudaRows = int64_t{1} << 30;  // at most, since kernels count rows in 32 bits
+
+struct MonotonicCudaShape {
+  int64_t rows, agents, embed, hidden, state_dim;
+  Positivity positivity;
+  bool full_precision;  // three tf32 products for one, whose error is float32's; otherwise one, of rounded operands
+};
+
+// The parameters as the kernels read them, made by one launch per step: offsets in floats. A unit is one agent's
+// weights or, before the first agent's, those of w2: a matrix [32, 64] in fragments (mma.cuh) and its bias in pairs,
+// each twice.
+struct MonotonicPacked {
+  static constexpr int kFirstStep = 8 * kMonotonicColumns;  // of `first`: eight state features
+  static constexpr int kMatrix = kMonotonicEmbed * kMonotonicHidden, kUnit = kMatrix + 2 * kMonotonicEmbed;
+
+  int64_t first;       // [state_dim / 8, rounded up] steps
+  int64_t units;       // [1 + A, kUnit]
+  int64_t transposed;  // [1 + A, kMatrix], for the product that goes back to the hidden layers
+  int64_t first_bias;  // [192]
+  int64_t v_weight;    // [32]
+  int64_t v_bias;      // [1]
+  int64_t total;
+};
+
+constexpr MonotonicPacked monotonic_packed(int64_t agents, int64_t state_dim) {
+  const int64_t units = (state_dim + 7) / 8 * MonotonicPacked::kFirstStep;
+  const int64_t transposed = units + (agents + 1) * MonotonicPacked::kUnit;
+  const int64_t first_bias = transposed + (agents + 1) * MonotonicPacked::kMatrix;
+  const int64_t v_weight = first_bias + kMonotonicColumns, v_bias = v_weight + kMonotonicEmbed;
+  return {0, units, transposed, first_bias, v_weight, v_bias, v_bias + 4};
+}
+
+struct MonotonicPackCuda : MonotonicCudaShape {  // rows do not matter
+  MonotonicWeights<const float> weights;
+  float* packed;  // [total], on a multiple of 16 bytes like all dense buffers below
+};
+
+struct MonotonicForwardCuda : MonotonicCudaShape {
+  StridedRows<float> agent_qs, states;  // states with column_stride 1
+  const float* packed;
+  float* q_tot;  // [rows]
+  // [rows, 192]: the columns above after their ReLU, b1's the mix before its ELU; the hidden layers of w1 and w2 as
+  // operands, rounded to tf32 unless precision is full. Null: not kept.
+  float* activations;
+};
+
+struct MonotonicBackwardRowsCuda : MonotonicCudaShape {
+  StridedRows<float> agent_qs;
+  const float* packed;
+  const float* grad_q_tot;  // [rows]
+  const float* activations;
+  float* grad_agent_qs;     // [rows, A]
+  float* grad_activations;  // [rows, 192]: of the first layers' outputs before their ReLU
+  // [rows, A + 1, 2]: the derivative of positivity at the generated weights, w2's behind the agents': bit e of the
+  // first word is set where it is 1, of the second where it is -1 (abs at 0 has neither).
+  uint32_t* signs;
+};
+
+// The gradients of the weights, once those of the rows are there.
+struct MonotonicBackwardWeightsCuda : MonotonicCudaShape {
+  StridedRows<float> agent_qs, states;
+  const float* grad_q_tot;
+  const float* activations;
+  const float* grad_activations;
+  const uint32_t* signs;              // read with Positivity::abs
+  float* parts;                       // [monotonic_parts_cuda(shape)], to work with
+  MonotonicWeights<float> gradients;  // all wanted
+};
+
+// Queued on `stream` (a cudaStream_t) of the current device; null, or what the launch failed with.
+const char* monotonic_pack_cuda(const MonotonicPackCuda& p, void* stream);
+const char* monotonic_forward_cuda(const MonotonicForwardCuda& p, void* stream);
+const char* monotonic_backward_rows_cuda(const MonotonicBackwardRowsCuda& p, void* stream);
+const char* monotonic_backward_weights_cuda(const MonotonicBackwardWeightsCuda& p, void* stream);
+
+int64_t monotonic_parts_cuda(const MonotonicCudaShape& s);  // floats, on the current device
+
 }  // namespace fastmix

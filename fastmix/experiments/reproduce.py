@@ -20,9 +20,9 @@ from fastmix.train.checkpoint import write_json
 from fastmix.train.config import TrainConfig
 from fastmix.train.sweep import Run
 
-# Uniform exploration is stated for matrix 3 (ResQ appendix) and by POWQMIX for matrix 1, 20,000 steps for matrix 3. Nothing
-# is stated for matrices 1 and 2 of the ResQ appendix, which get the same. 8 rollouts for everyone make that one training
-# step for every 8 episodes, 2,500 in all; optimisers, batches and networks are those of each algorithm's own paper.
+# Uniform exploration is stated for matrix 3 (ResQ appendix) and by POWQMIX for matrix 1, 20,000 steps for matrix 3.
+# Nothing is stated for matrices 1 and 2 of the ResQ appendix, which get the same. 8 rollouts for everyone make that one
+# training step for 8 episodes, 2,500 in all; optimisers, batches and networks are those of each algorithm's own paper.
 T_MAX: Final = 20_000
 PROTOCOL: Final[dict[str, Any]] = {"epsilon_start": 1.0, "epsilon_finish": 1.0, "batch_size_run": 8}
 # POWQMIX, section 5.1: weights 1 and 0 in the matrix game, for itself and for CW/OW-QMIX.

@@ -88,7 +88,7 @@ class ActionMixer(Mixer):
 def attended(value: JointValue, q_tot: Tensor, coefficient: float) -> Attended:
     """PyMARL's view of attention statistics: means over all rows, padded ones included."""
     assert value.logit_squares is not None and value.entropies is not None
-    squares, entropies = (x.flatten(0, -2).mean(0) for x in (value.logit_squares, value.entropies))
+    squares, entropies = (x.reshape(-1, x.shape[-1]).mean(0) for x in (value.logit_squares, value.entropies))
     return Attended(q_tot, coefficient * squares.sum(), list(entropies.unbind()))
 
 

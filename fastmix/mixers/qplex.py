@@ -83,7 +83,7 @@ class DMAQSIWeight(Mixer):
 
         `adv_hypernet_layers` (1), `adv_hypernet_embed` (needed for more than one layer), `use_orthogonal` (False).
         """
-        return cls(**_importance_args(args))
+        return cls(**_importance_args(args), use_orthogonal=read_arg(args, "use_orthogonal", False))
 
     def forward(self, states: Tensor, actions: Tensor) -> Tensor:
         """`states [..., S]`, `actions` (see `fastmix.mixers.base.joint_actions`) -> `lambda [N, A]`, `N` all rows."""
@@ -160,7 +160,11 @@ class DMAQer(ActionMixer):
     def from_args(cls, args: Any) -> Self:
         """Reads `hypernet_embed`, `weighted_head`, `is_minus_one`, and what `DMAQSIWeight.from_args` reads."""
         names = ("hypernet_embed", "weighted_head", "is_minus_one")
-        return cls(**{name: read_arg(args, name) for name in names}, **_importance_args(args))
+        return cls(
+            **{name: read_arg(args, name) for name in names},
+            **_importance_args(args),
+            use_orthogonal=read_arg(args, "use_orthogonal", False),
+        )
 
     def forward(
         self,
@@ -269,9 +273,7 @@ class DMAQQattenMixer(ActionMixer):
             "unit_dim", "n_head", "mixing_embed_dim", "hypernet_embed",
             "attend_reg_coef", "nonlinear", "weighted_head", "state_bias", "is_minus_one",
         )  # fmt: skip
-        options = _importance_args(args)
-        del options["use_orthogonal"]  # which the public code of this mixer does not know
-        return cls(**{name: read_arg(args, name) for name in names}, **options)
+        return cls(**{name: read_arg(args, name) for name in names}, **_importance_args(args))
 
     def forward(
         self,
@@ -372,5 +374,4 @@ def _importance_args(args: Any) -> dict[str, Any]:
         "adv_hypernet_layers": depth,
         # A one-layer namespace need not carry the width of a layer that does not exist.
         "adv_hypernet_embed": read_arg(args, "adv_hypernet_embed") if depth > 1 else 1,
-        "use_orthogonal": read_arg(args, "use_orthogonal", False),
     }

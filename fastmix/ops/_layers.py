@@ -25,14 +25,18 @@ Layers = tuple[Linear, ...]
 
 
 def mlp(x: Tensor, layers: Layers) -> Tensor:
-    """``[N, in]`` to ``[N, out]``; grouped layers give ``[N, G, out]``."""
+    """``[N, in]`` to ``[N, out]``; grouped layers give ``[G, N, out]``."""
     for i, (weight, bias) in enumerate(layers):
+        x = F.relu(x) if i > 0 else x
         if weight.dim() == 2:
             x = F.linear(x, weight, bias)
+        elif i == 0:  # all networks read the same: one product
+            x = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+            x = x.unflatten(-1, weight.shape[:2]).transpose(0, 1)
+        elif bias is None:
+            x = torch.bmm(x, weight.mT)
         else:
-            x = torch.einsum("ni,goi->ngo" if x.dim() == 2 else "ngi,goi->ngo", x, weight)
-            x = x if bias is None else x + bias
-        x = F.relu(x) if i < len(layers) - 1 else x
+            x = torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
     return x
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastmix
 from fastmix import backends
-from fastmix.agents import REGISTRY, Agent, FFAgent, NRNNAgent, RNNAgent
+from fastmix.agents import REGISTRY, Agent, CentralRNNAgent, FFAgent, NRNNAgent, RNNAgent
 from fastmix.mixers import load_pymarl
 from fastmix.testing import assert_close, rms_ratio
 from tests.generators import non_contiguous
@@ -27,7 +27,13 @@ FORMS = {
     "n_rnn": lambda: NRNNAgent(N_IN, U, D, use_layer_norm=True),
     "mlp": lambda: RNNAgent(N_IN, U, D, use_rnn=False),
     "ff": lambda: FFAgent(N_IN, U, D),
+    "central": lambda: CentralRNNAgent(N_IN, U, D, central_action_embed=2),
 }
+
+
+def tail(form: str) -> tuple[int, ...]:
+    """The axes of utilities behind the agents'."""
+    return (U, 2) if form == "central" else (U,)
 
 
 def sequence(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -63,9 +69,9 @@ def test_a_sequence_is_its_steps(backend: str, form: str, rank: int) -> None:
                 qs, hs, carried = [], [], h
                 for x in one_hot_inputs(o, last_actions).unbind(1):
                     step_q, carried = agent(x if rank == 3 else x.flatten(0, 1), carried)
-                    assert step_q.shape == ((B, A, U) if rank == 3 else (B * A, U))
+                    assert step_q.shape == ((B, A, *tail(form)) if rank == 3 else (B * A, *tail(form)))
                     assert carried.shape == ((B, A, D) if rank == 3 else (B * A, D))
-                    qs.append(step_q.view(B, A, U))
+                    qs.append(step_q.view(B, A, *tail(form)))
                     hs.append(carried.view(B, A, D))
                 q, after, states = torch.stack(qs, 1), hs[-1], torch.stack(hs, 1)
             (q.square().sum() + states.sin().sum() + after.sum()).backward()
@@ -80,7 +86,7 @@ def test_without_ids_and_last_actions(form: str) -> None:
     agent = FORMS[form]()
     obs = torch.randn(B, T, A, N_IN)
     q, after, states = agent.unroll(obs)
-    assert (q.shape, after.shape, states) == ((B, T, A, U), (B, A, D), None)
+    assert (q.shape, after.shape, states) == ((B, T, A, *tail(form)), (B, A, D), None)
     explicit = agent.unroll(obs, agent.init_hidden().expand(B, A, -1))
     assert_close(explicit.q, q, 1e-6)
 
@@ -93,7 +99,7 @@ def test_odd_sizes(backend: str, form: str, sizes: tuple[int, int, int]) -> None
     start = torch.randn(sizes[0], sizes[2], D)
     with fastmix.backend(backend):
         q, after, _ = agent.unroll(torch.randn(*sizes, N_IN), start)
-    assert q.shape == (*sizes, U)
+    assert q.shape == (*sizes, *tail(form))
     assert after.shape == (sizes[0], sizes[2], D)
     if sizes[1] == 0:
         assert torch.equal(after, start)
@@ -144,6 +150,8 @@ def test_keys_are_those_of_the_public_code() -> None:
     assert set(FORMS["n_rnn"]().state_dict()) == linear | gru | {"layer_norm.weight", "layer_norm.bias"}
     assert set(FORMS["mlp"]().state_dict()) == linear | {"rnn.weight", "rnn.bias"}
     assert set(FORMS["ff"]().state_dict()) == linear | {"fc3.weight", "fc3.bias"}
+    assert set(FORMS["central"]().state_dict()) == linear | gru
+    assert FORMS["central"]().state_dict()["fc2.weight"].shape == (U * 2, D)
     count = sum(p.numel() for p in FORMS["rnn"]().parameters())
     assert count == (N_IN + 1) * D + 6 * D * D + 6 * D + (D + 1) * U
 
@@ -153,7 +161,13 @@ def test_from_args() -> None:
     assert RNNAgent.from_args(N_IN, args).layer_norm is None  # PyMARL's `rnn` does not know the field
     assert NRNNAgent.from_args((N_IN,), args).layer_norm is not None
     assert FFAgent.from_args(N_IN, args).fc1.in_features == N_IN
-    assert REGISTRY.keys() >= {"rnn", "n_rnn", "ff"}
+    assert REGISTRY.keys() >= {"rnn", "n_rnn", "ff", "central_rnn"}
+    with pytest.raises(ValueError, match="central_action_embed"):
+        CentralRNNAgent.from_args(N_IN, args)
+    wide = SimpleNamespace(**vars(args), central_action_embed=3, central_rnn_hidden_dim=99)
+    assert CentralRNNAgent.from_args(N_IN, wide).fc2.weight.shape == (3 * U, D)
+    with pytest.raises(ValueError, match="central_action_embed must be a positive int, got 0"):
+        CentralRNNAgent(N_IN, U, D, 0)
     epymarl = SimpleNamespace(hidden_dim=D, n_actions=U, use_rnn=False)
     assert isinstance(RNNAgent.from_args(N_IN, epymarl).rnn, nn.Linear)
     with pytest.raises(ValueError, match="n_actions"):
@@ -234,7 +248,7 @@ def test_deepcopy_and_meta(form: str) -> None:
     assert torch.equal(copy.deepcopy(agent).unroll(obs).q, agent.unroll(obs).q)
     meta = copy.deepcopy(agent).to("meta")
     assert meta.init_hidden().device.type == "meta"
-    assert meta.unroll(obs.to("meta")).q.shape == (B, T, A, U)
+    assert meta.unroll(obs.to("meta")).q.shape == (B, T, A, *tail(form))
 
 
 @pytest.mark.parametrize("form", FORMS)

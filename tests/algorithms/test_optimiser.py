@@ -12,8 +12,9 @@ from torch import Tensor
 from fastmix import backends
 from fastmix.algorithms import optimiser as optimiser_module
 from fastmix.algorithms.optimiser import Optimiser
-from fastmix.testing import rms_ratio
+from fastmix.testing import poisoned_allocations, rms_ratio
 from tests.cuda import emulate
+from tests.cuda.device import captured, needs_gpu, no_waiting
 
 SHAPES = ((64, 33), (64,), (7, 5, 3), (1,), (130, 257), (0,))
 FROZEN = 1
@@ -186,3 +187,86 @@ def test_emulated_cuda_kernels_let_nan_go_on() -> None:
     parameters[2].grad[0] = torch.nan  # type: ignore[index]
     assert make(parameters, "native", "adam").step().isnan()
     assert all(p.isnan().all() for i, p in enumerate(parameters) if i != FROZEN)
+
+
+def on_gpu(parameters: list[Tensor]) -> list[Tensor]:
+    there = [p.detach().cuda().requires_grad_() for p in parameters]
+    for p, q in zip(parameters, there, strict=True):
+        q.grad = None if p.grad is None else p.grad.cuda()
+    return there
+
+
+@needs_gpu
+@pytest.mark.parametrize("scale", [1e-3, 1.0], ids=["under the clip", "clipped"])
+@pytest.mark.parametrize("kind", ["adam", "rmsprop"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_cuda_steps_are_those_of_the_cpu(backend: str, dtype: torch.dtype, kind: str, scale: float) -> None:
+    here = start(dtype)
+    there = on_gpu(here)
+    a, b = make(here, "native", kind), make(there, backend, kind)
+    for step in range(5):
+        set_grads(here, step, scale)
+        for p, q in zip(here, there, strict=True):
+            q.grad = None if p.grad is None else p.grad.cuda()
+        expected = a.step()
+        with no_waiting(), poisoned_allocations():
+            norm = b.step()
+        assert norm.is_cuda and rms_ratio(norm, expected) < 1e-5
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-4
+    for p, q, first in zip(here, there, start(dtype), strict=True):
+        assert rms_ratio(q.detach().cpu() - first.detach(), p.detach() - first.detach()) < tolerance
+
+
+@needs_gpu
+@pytest.mark.parametrize("count", [1, 64, 65, 200])
+def test_cuda_takes_any_number_of_tensors_and_gives_the_same_in_every_run(count: int) -> None:
+    ends = []
+    for _ in range(20):
+        there = [torch.ones(1 + 3_701 * i % 50_000, device="cuda", requires_grad=True) for i in range(count)]
+        for i, p in enumerate(there):
+            p.grad = torch.full_like(p, 0.01 * (i + 1))
+        norm = make(there, "native", "adam").step()
+        ends.append([norm, *(p.detach() for p in there)])
+    assert all(torch.equal(x, y) for end in ends for x, y in zip(end, ends[0], strict=True))
+    expected = sum((0.01 * (i + 1)) ** 2 * (1 + 3_701 * i % 50_000) for i in range(count)) ** 0.5
+    assert rms_ratio(ends[0][0], torch.tensor(expected, device="cuda")) < 1e-6
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ["adam", "rmsprop"])
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_cuda_graph_replays_count_their_steps(backend: str, kind: str) -> None:
+    here = start(torch.float64)
+    set_grads(here, 0)
+    there = on_gpu(here)
+    a, b = make(here, "native", kind), make(there, backend, kind)
+    # `captured` takes one step before it captures another, which only a replay makes.
+    graph, norm = captured(b.step)
+    for _ in range(3):
+        graph.replay()
+    for _ in range(4):
+        expected = a.step()
+    assert b.state_dict()["steps"].item() == 4
+    assert rms_ratio(norm, expected) < 1e-12
+    for p, q in zip(here, there, strict=True):
+        assert rms_ratio(q.detach().cpu(), p.detach()) < 1e-11
+
+
+@needs_gpu
+def test_cuda_state_goes_to_the_cpu_and_back() -> None:
+    there = on_gpu(start(torch.float32))
+    one = make(there, "native", "adam")
+    for step in range(3):
+        for p in there:
+            p.grad = torch.full_like(p, 0.1 * (step + 1))
+        one.step()
+    saved = {name: tensor.cpu() for name, tensor in one.state_dict().items()}
+    twin = [p.detach().clone().requires_grad_() for p in there]
+    other = make(twin, "native", "adam")
+    other.load_state_dict(saved)
+    for parameters, optimiser in ((there, one), (twin, other)):
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        optimiser.step()
+    assert all(torch.equal(p, q) for p, q in zip(there, twin, strict=True))

@@ -61,20 +61,22 @@ def _shared(match: re.Match[str]) -> str:
     return f"{declared} auto& {name} = ::emulation::static_shared<{name}_shared>(&{name}_key).value;"
 
 
-def compile_library(folder: Path, kernels: Path, sources: Sequence[Path] = (), flags: Sequence[str] = ()) -> Path:
-    """A shared library of one ``.cu`` file and further C++ ``sources``; skips the test where there is no compiler."""
+def compile_library(folder: Path, *kernels: Path, sources: Sequence[Path] = (), flags: Sequence[str] = ()) -> Path:
+    """A shared library of ``.cu`` files and further C++ ``sources``; skips the test where there is no compiler."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler to emulate the CUDA kernels with")
     (folder / "cuda").mkdir()
-    for file in {kernels, *(ROOT / "csrc" / "cuda").iterdir()}:  # kernels share headers
+    for file in {*kernels, *(ROOT / "csrc" / "cuda").iterdir()}:  # kernels share headers
         (folder / "cuda" / file.name).write_text(f'#line 1 "{file}"\n' + rewrite(file.read_text()))
-    unit, library = folder / f"{kernels.stem}_emulated.cpp", folder / f"{kernels.stem}.so"
-    unit.write_text(f'#include "{HERE / "emulation.h"}"\n#include "cuda/{kernels.name}"\n')
+    units = [folder / f"{file.stem}_emulated.cpp" for file in kernels]
+    for unit, file in zip(units, kernels, strict=True):
+        unit.write_text(f'#include "{HERE / "emulation.h"}"\n#include "cuda/{file.name}"\n')
+    library = folder / "emulated.so"
     # -U_FORTIFY_SOURCE: with it the C library refuses to jump between stacks.
     command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-ffp-contract=fast"]
     command += [f"-I{folder}", f"-I{ROOT / 'csrc'}", "-DFASTMIX_ISA=cuda", "-Wl,-z,lazy", *flags]
-    subprocess.run([*command, str(unit), *map(str, sources), "-o", str(library)], check=True)
+    subprocess.run([*command, *map(str, [*units, *sources]), "-o", str(library)], check=True)
     return library
 
 
@@ -82,28 +84,28 @@ def compile_library(folder: Path, kernels: Path, sources: Sequence[Path] = (), f
 def core(op: str) -> ModuleType:
     """The bindings of ``op`` as in a core with CUDA, on emulated kernels. Of its CPU functions only names are there.
 
-    ``descending(True)`` makes the threads of a block run in the opposite order.
+    ``descending(True)`` makes the threads of a block run in the opposite order, ``device(1)`` is a GPU with less shared
+    memory and more multiprocessors.
     """
     pybind11 = pytest.importorskip("pybind11", reason="the emulated kernels are called through the bindings")
     folder = Path(tempfile.mkdtemp(prefix=f"fastmix-{op}-"))
     name = f"emulated_{op}"
     module = folder / "module.cpp"
     module.write_text(
-        f"""#include <pybind11/pybind11.h>
-namespace fastmix::bindings {{
-void register_{op}(pybind11::module_& m);
-}}
+        f"""#include "{ROOT}/bindings/{op}.cpp"
 extern "C" void emulation_descending(bool on);
+extern "C" void emulation_device(int index);
 PYBIND11_MODULE({name}, m) {{
   fastmix::bindings::register_{op}(m);
   m.def("descending", &emulation_descending);
+  m.def("device", &emulation_device);
 }}
 """
     )
-    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", f"-I{ROOT / 'bindings'}"]
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     flags = [*includes, "-DFASTMIX_CUDA", "-fvisibility=hidden"]
-    sources = [module, ROOT / "bindings" / f"{op}.cpp"]
-    library = compile_library(folder, ROOT / "csrc" / "cuda" / f"{op}.cu", sources, flags)
+    kernels = sorted((ROOT / "csrc" / "cuda").glob(f"{op}*.cu"))
+    library = compile_library(folder, *kernels, sources=[module], flags=flags)
     spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None and spec.loader is not None
     with _lazy_binding():  # the CPU kernels that the bindings name are not there, and never called

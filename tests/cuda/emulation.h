@@ -1,10 +1,11 @@
-// CUDA C++ on the host, for tests without a GPU: one kernel file becomes one translation unit of ordinary C++.
+// CUDA C++ on the host, for tests without a GPU: a kernel file becomes a translation unit of ordinary C++. The kernel
+// files of an op share what follows.
 //
-// Blocks run one after another. All threads of a block are alive at once, as fibers that a scheduler resumes in turn
-// and that give way only where CUDA threads meet: __syncthreads, __syncwarp, shuffles and votes. A run is therefore
-// deterministic, and `emulation_descending` runs the threads of a block in the opposite order: a result that depends on
-// the order lacks a barrier. Shared memory is filled with 0xff (NaN, -1) when a block starts. Threads that wait for
-// each other for ever, impossible launches and __trap() are reported as the launch's error.
+// Blocks run one after another. All threads of a block are alive at once, as fibers that give way only where CUDA
+// threads meet: __syncthreads, __syncwarp, shuffles and votes. A warp goes on as far as it can before the next one
+// does. A run is therefore deterministic, and `emulation_descending` takes warps and lanes in the opposite order: a
+// result that depends on the order lacks a barrier. Shared memory is filled with 0xff (NaN, -1) when a block starts.
+// Threads that wait for each other for ever, impossible launches and __trap() are reported as the launch's error.
 //
 // emulate.py has turned `kernel<<<...>>>(...)` into calls of `emulation::launch` and `__shared__` declarations into
 // references to emulated memory.
@@ -21,6 +22,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <deque>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -59,8 +61,10 @@ FASTMIX_VECTORS(long long, longlong, 8)
 FASTMIX_VECTORS(unsigned char, uchar, 1)
 #undef FASTMIX_VECTORS
 
-uint3 threadIdx, blockIdx;
-dim3 blockDim, gridDim;
+#pragma GCC visibility push(hidden)  // each library has its own threads, although these variables are inline
+
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
 // --- The runtime -----------------------------------------------------------------------------------------------------
@@ -72,7 +76,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAt
 
 namespace emulation {
 
-std::string error;  // of the last launch; empty when it went well
+inline std::string error;  // of the last launch; empty when it went well
 
 }  // namespace emulation
 
@@ -87,6 +91,21 @@ inline cudaError_t cudaGetLastError() { return cudaPeekAtLastError(); }  // the 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
   return cudaSuccess;
+}
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+};
+namespace emulation {
+inline int device = 0;
+}
+inline cudaError_t cudaGetDevice(int* device) { return *device = emulation::device, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  // One like an H100, one like an RTX 4090, but with so few multiprocessors that blocks get to do more than one tile.
+  constexpr int kValues[2][4] = {{2, 227 * 1024, 9, 0}, {3, 99 * 1024, 8, 9}};
+  return *value = kValues[device][attribute], cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t = nullptr) {
   std::memset(to, value, bytes);
@@ -113,6 +132,12 @@ struct Meeting {
   int votes[2] = {0, 0};
 };
 
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+  size_t bytes;
+};
+
 struct Thread {
   jmp_buf at;
   ucontext_t entry;
@@ -120,6 +145,7 @@ struct Thread {
   bool started = false, finished = true;
   Meeting* waits = nullptr;
   uint64_t turn = 0;
+  std::deque<std::vector<Copy>> copies = {{}};  // asynchronous ones by group, the last group open
 };
 
 struct Warp {
@@ -136,17 +162,17 @@ inline Config config(dim3 grid, dim3 block, size_t shared = 0, cudaStream_t stre
   return {grid, block, shared, stream};
 }
 
-bool descending = false;
-std::vector<Thread> threads(kMostThreads);
-std::vector<Warp> warps;
-Meeting whole_block;
-unsigned n_threads = 0, n_finished = 0, current = 0;
-jmp_buf scheduler;
-void (*body)(const void*) = nullptr;
-const void* body_argument = nullptr;
-alignas(16) unsigned char shared_memory[kMostShared];
-size_t dynamic_size = 0, static_size = 0;
-std::vector<std::pair<const void*, size_t>> statics;  // declaration -> offset in shared memory
+inline bool descending = false;
+inline std::vector<Thread> threads(kMostThreads);
+inline std::vector<Warp> warps;
+inline Meeting whole_block;
+inline unsigned n_threads = 0, n_finished = 0, current = 0;
+inline jmp_buf scheduler;
+inline void (*body)(const void*) = nullptr;
+inline const void* body_argument = nullptr;
+alignas(16) inline unsigned char shared_memory[kMostShared];
+inline size_t dynamic_size = 0, static_size = 0;
+inline std::vector<std::pair<const void*, size_t>> statics;  // declaration -> offset in shared memory
 
 inline unsigned lane() { return current % kLanes; }
 
@@ -288,6 +314,20 @@ __attribute__((noinline)) inline void resume(unsigned index) {
   start(thread);
 }
 
+// Every thread of the warp that can go on does so until it waits or ends; false when none can.
+inline bool resume_warp(unsigned warp) {
+  bool moved = false;
+  for (unsigned i = 0; i < kLanes && error.empty(); ++i) {
+    const unsigned index = warp * kLanes + (descending ? kLanes - 1 - i : i);
+    if (index >= n_threads) continue;
+    const Thread& thread = threads[index];
+    if (thread.finished || (thread.waits != nullptr && thread.waits->turn == thread.turn)) continue;
+    resume(index);
+    moved = true;
+  }
+  return moved;
+}
+
 inline void run_block() {
   std::memset(shared_memory, 0xff, sizeof(shared_memory));
   statics.clear();
@@ -298,15 +338,14 @@ inline void run_block() {
   warps.assign((n_threads + kLanes - 1) / kLanes, Warp());
   whole_block = Meeting();
   n_finished = 0;
-  for (unsigned i = 0; i < n_threads; ++i) threads[i].finished = false;
+  for (unsigned i = 0; i < n_threads; ++i) {
+    threads[i].finished = false;
+    threads[i].copies.assign(1, {});
+  }
   while (n_finished < n_threads && error.empty()) {
     bool moved = false;
-    for (unsigned i = 0; i < n_threads && error.empty(); ++i) {
-      const unsigned index = descending ? n_threads - 1 - i : i;
-      const Thread& thread = threads[index];
-      if (thread.finished || (thread.waits != nullptr && thread.waits->turn == thread.turn)) continue;
-      resume(index);
-      moved = true;
+    for (unsigned i = 0; i < warps.size(); ++i) {
+      while (resume_warp(descending ? static_cast<unsigned>(warps.size()) - 1 - i : i)) moved = true;
     }
     if (!moved) {
       const auto waiting = std::find_if(threads.begin(), threads.begin() + n_threads,
@@ -353,7 +392,11 @@ void launch(const Config& c, const Kernel& kernel) {
 
 }  // namespace emulation
 
-extern "C" void emulation_descending(bool on) { emulation::descending = on; }
+extern "C" __attribute__((weak, visibility("default"))) void emulation_descending(bool on) {
+  emulation::descending = on;
+}
+
+extern "C" __attribute__((weak, visibility("default"))) void emulation_device(int index) { emulation::device = index; }
 
 // --- Barriers, votes, shuffles ---------------------------------------------------------------------------------------
 
@@ -405,7 +448,63 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = warpSize) {
   return from < (lane & ~(width - 1)) + width ? brought[from] : value;
 }
 
-// Matrix units (mma.sync and its loads) go here, on top of emulation::Brought.
+// --- Matrix units and asynchronous copies (csrc/cuda/mma.cuh) --------------------------------------------------------
+
+namespace emulation {
+
+template <class To, class From>
+To same_bits(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+inline float tf32_bits(float x) { return same_bits<float>(same_bits<uint32_t>(x) & 0xffffe000u); }
+inline float to_tf32(float x) {
+  return std::isnan(x) ? x : tf32_bits(same_bits<float>(same_bits<uint32_t>(x) + 0x1000u));
+}
+
+// mma.sync m16n8k8 of tf32: the low bits of operands are ignored.
+inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
+  struct Fragments {
+    float a[4], b[2];
+  } mine = {{tf32_bits(a[0]), tf32_bits(a[1]), tf32_bits(a[2]), tf32_bits(a[3])}, {tf32_bits(b0), tf32_bits(b1)}};
+  const Brought<Fragments> brought(0xffffffffu, mine);
+  const unsigned g = lane() / 4, t = lane() % 4;
+  for (unsigned k = 0; k < 8; ++k) {
+    const Fragments row = brought[4 * g + k % 4];
+    for (unsigned column = 0; column < 2; ++column) {
+      const float b = brought[4 * (2 * t + column) + k % 4].b[k / 4];
+      c[column] += row.a[2 * (k / 4)] * b;
+      c[2 + column] += row.a[2 * (k / 4) + 1] * b;
+    }
+  }
+}
+
+// Copies happen as late as they may: when they are waited for.
+inline void copy_async(void* to, const void* from, size_t bytes, bool inside) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0) {
+    fail("an asynchronous copy is not aligned");
+  }
+  threads[current].copies.back().push_back({to, inside ? from : nullptr, bytes});
+}
+inline void end_copies() { threads[current].copies.emplace_back(); }
+inline void copies_arrived(size_t pending) {
+  auto& copies = threads[current].copies;
+  while (copies.size() > pending + 1) {
+    for (const auto& [to, from, bytes] : copies.front()) {
+      if (from == nullptr) {
+        std::memset(to, 0, bytes);
+      } else {
+        std::memcpy(to, from, bytes);
+      }
+    }
+    copies.pop_front();
+  }
+}
+
+}  // namespace emulation
 
 // --- Memory and arithmetic -------------------------------------------------------------------------------------------
 
@@ -461,21 +560,12 @@ inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline double __fma_rn(double x, double y, double z) { return std::fma(x, y, z); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline double rsqrt(double x) { return 1 / std::sqrt(x); }
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>(((static_cast<uint64_t>(high) << 32 | low) << (shift % 32)) >> 32);
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
-
-namespace emulation {
-
-template <class To, class From>
-To same_bits(From value) {
-  static_assert(sizeof(To) == sizeof(From));
-  To result;
-  std::memcpy(&result, &value, sizeof(To));
-  return result;
-}
-
-}  // namespace emulation
 
 inline int __float_as_int(float x) { return emulation::same_bits<int>(x); }
 inline unsigned __float_as_uint(float x) { return emulation::same_bits<unsigned>(x); }
@@ -483,3 +573,5 @@ inline float __int_as_float(int x) { return emulation::same_bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return emulation::same_bits<float>(x); }
 inline long long __double_as_longlong(double x) { return emulation::same_bits<long long>(x); }
 inline double __longlong_as_double(long long x) { return emulation::same_bits<double>(x); }
+
+#pragma GCC visibility pop

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+_Params = TypeVar("_Params")
 
 ROOT = Path(__file__).parents[2]
 ISAS = ("avx512", "avx2", "baseline")
@@ -50,6 +53,18 @@ def gradients(outputs: Tensor | Sequence[Tensor], inputs: Sequence[Tensor], seed
     weights = [torch.randn(o.shape, generator=g, dtype=o.dtype).to(o.device) for o in outputs]
     grads = torch.autograd.grad(outputs, list(inputs), weights, allow_unused=True, retain_graph=True)
     return [torch.zeros_like(i) if grad is None else grad for grad, i in zip(grads, inputs, strict=True)]
+
+
+def leaves(params: Any) -> list[Tensor]:
+    """The tensors in nested tuples, absent ones left out."""
+    return [leaf for leaf in pytree.tree_leaves(params) if leaf is not None]
+
+
+def rebuild(params: _Params, tensors: Iterable[Tensor]) -> _Params:
+    """``params`` with the tensors of `leaves` replaced by ``tensors``."""
+    given = iter(tensors)
+    rebuilt: _Params = pytree.tree_map(lambda leaf: None if leaf is None else next(given), params)
+    return rebuilt
 
 
 def fullgraph(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmix import _core
+import fastmix
+from fastmix import _core, backends
 from fastmix.ops.recurrent import RecurrentOutput, RecurrentParams, Stepper, native, recurrent
 from fastmix.testing.compare import assert_close
 from tests.generators import non_contiguous, recurrent_params
@@ -347,6 +348,50 @@ def test_memory_of_the_backward_pass_is_reused() -> None:
     assert _core.workspace_kept() == kept
     _core.workspace_clear()
     assert _core.workspace_kept() == 0
+
+
+# ---- cuDNN, whose place PyTorch's own GRU takes on the CPU ----
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cudnn_matches_reference(name: str) -> None:
+    case = CASES[name]
+    inputs = make(case, torch.float64)
+    actual, expected = run(inputs, case, "cudnn"), run(inputs, case, "reference")
+    compare(present(actual), present(expected), TOLERANCE[torch.float64], "output")
+    grads = [gradients(present(out), leaves(inputs)) for out in (actual, expected)]
+    compare(grads[0], grads[1], TOLERANCE[torch.float64], "gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cudnn_in_half_precision(dtype: torch.dtype) -> None:
+    case = Case()
+    inputs = make(case, dtype)
+    assert_close(run(inputs, case, "cudnn").q, run(inputs, case, "reference").q, 2e-2)
+
+
+@pytest.mark.traced
+def test_cudnn_compiles_without_graph_break() -> None:
+    case = Case(norm=True)
+    inputs = make(case, torch.float64)
+    actual, expected = fullgraph(run)(inputs, case, "cudnn"), run(inputs, case, "reference")
+    compare(present(actual), present(expected), TOLERANCE[torch.float64], "output")
+    grads = [gradients(present(out), leaves(inputs)) for out in (actual, expected)]
+    compare(grads[0], grads[1], TOLERANCE[torch.float64], "gradient")
+
+
+def test_cudnn_is_never_chosen_on_the_cpu_but_obeyed() -> None:
+    case = Case()
+    inputs = make(case, torch.float32)
+    for dtype in (*DTYPES, torch.bfloat16):
+        assert backends.resolve("recurrent", inputs.obs.to(dtype)) != "cudnn"
+    with fastmix.backend("cudnn"):
+        step = stepper_of(inputs, case)
+        with pytest.raises(RuntimeError, match="returns has no 'cudnn' backend on device 'cpu'"):
+            backends.resolve("returns", inputs.obs)
+    q, after = step(*step_of(inputs, case))
+    assert_close(q, run(inputs, case, "reference").q[:, 0], TOLERANCE[torch.float32])
+    assert not q.requires_grad and after.shape == (case.episodes, case.agents, case.hidden)
 
 
 # ---- what must be refused ----

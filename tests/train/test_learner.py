@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -25,6 +24,7 @@ from fastmix.train.feed import Feed, StreamedFeed, make_feed
 from fastmix.train.learner import CudaRecorder, Learner, Terms
 from fastmix.train.replay import Prioritised, ReplayBuffer
 from fastmix.train.storage import HostStorage
+from tests.cuda.device import no_waiting
 from tests.generators import Shape, episodes, own_presets
 from tests.train.tape import Tape, TapeRecorder
 
@@ -450,19 +450,6 @@ def needs_gpu(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
 
 
-@contextmanager
-def waiting_raises() -> Iterator[None]:
-    """Whatever makes the host wait for the device raises inside the block."""
-    torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def check_graphs(road: str, steps: int, name: str = "qmix", preset: str = "pymarl2", **options: Any) -> None:
     """Captured and uncaptured runs from the same seed end with the same state, bit for bit."""
     ends = []
@@ -523,7 +510,7 @@ def test_a_warm_update_never_waits_for_the_device(road: str) -> None:
     captures, replay = learner.captures, feed.replay
     obs, states = np.ones((1, 3, SHAPE.obs_dim)), np.ones((1, SHAPE.state_dim))
     avail = np.ones((1, 3, SHAPE.n_actions), dtype=bool)
-    with waiting_raises():
+    with no_waiting():
         for i in range(30):
             for t in range(3):
                 replay.write_observations(np.array([t]), obs, states, avail)
@@ -539,7 +526,7 @@ def test_a_warm_update_never_waits_for_the_device(road: str) -> None:
 @needs_gpu
 def test_waiting_is_noticed() -> None:
     value = torch.ones((), device="cuda")
-    with waiting_raises(), pytest.raises(RuntimeError, match="synchroniz"):
+    with no_waiting(), pytest.raises(RuntimeError, match="synchroniz"):
         value.item()
 
 
@@ -550,5 +537,5 @@ def test_acting_never_waits_for_the_device() -> None:
     avail = torch.ones(6, 3, SHAPE.n_actions, dtype=torch.bool, device="cuda")
     generator = torch.Generator("cuda").manual_seed(0)
     _, hidden = algo.act(obs, last, avail, algo.initial_hidden(6), epsilon=0.5, generator=generator)
-    with waiting_raises():
+    with no_waiting():
         algo.act(obs, last, avail, hidden, epsilon=0.5, generator=generator)

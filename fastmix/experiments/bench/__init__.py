@@ -1,8 +1,8 @@
 """``fastmix bench``: how fast this machine runs fastmix, and how fast the same computations the public way.
 
 ``step`` times one learner step, ``ops`` single operators, ``table`` everything that fastmix sets a goal for, each on
-the CPU or on a CUDA device; ``join`` makes one report of several runs. All contestants run interleaved in one process;
-a case whose numbers do not agree with the reference is not timed.
+the CPU or on a CUDA device; ``warm`` fills the caches of what a table compiles, ``join`` makes one report of several
+runs. All contestants run interleaved in one process; a case whose numbers do not agree with the reference is not timed.
 """
 
 from __future__ import annotations
@@ -22,17 +22,21 @@ from fastmix.testing.shapes import SHAPES
 OPS = ("monotonic", "recurrent", "returns", "select", "td_loss")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-BASELINES = ("eager", "compile", "autotune")
-PARTS = ("small", "monotonic", "recurrent", "step", "compile", "autotune")
+BASELINES = ("eager", "compile", "autotune", "whole")
+PARTS = ("monotonic", "recurrent", "step", "small", "compile", "autotune")
 """of the table on a CUDA device, what matters most first"""
+LONG_PARTS = ("whole",)
+"""which are measured only where they are asked for"""
+PRECISIONS = ("highest", "high")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the subcommands ``step``, ``ops``, ``table`` and ``join`` with their options."""
+    """Add the subcommands ``step``, ``ops``, ``table``, ``warm`` and ``join`` with their options."""
     commands = parser.add_subparsers(dest="bench_command", metavar="WHAT", required=True)
     _add_step(commands.add_parser("step", help="one learner step against the same step the public way"))
     _add_ops(commands.add_parser("ops", help="single operators against plain PyTorch"))
     _add_table(commands.add_parser("table", help="every speed that fastmix sets a goal for, within about ten minutes"))
+    _add_warm(commands.add_parser("warm", help="compile on a CUDA device what the table compiles, without timing it"))
     _add_join(commands.add_parser("join", help="one report of several, written by --json on one machine"))
 
 
@@ -47,16 +51,16 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        measure: Callable[[argparse.Namespace], dict[str, Any]] = args.bench
-        content = measure(args)
+        bench: Callable[[argparse.Namespace], int] = args.bench
+        return bench(args)
     finally:
         torch.set_num_threads(previous)
-    return _show(content, args)
 
 
-def _show(content: dict[str, Any], args: argparse.Namespace) -> int:
+def _shown(measure: Callable[[argparse.Namespace], dict[str, Any]], args: argparse.Namespace) -> int:
     from fastmix.experiments.bench import report
 
+    content = measure(args)
     if args.json != "-" and args.markdown != "-":
         print(report.brief(content) if args.brief else report.text(content))
     _write(args.json, json.dumps(content, indent=2) + "\n")
@@ -71,7 +75,10 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_positive, help="episodes in the batch (default: usual for the shape)")
     parser.add_argument("--steps", type=_positive, help="transitions of the longest episode (default: by the shape)")
     parser.add_argument(
-        "--baseline", type=_names, default=("eager",), help="what to compare with: names of eager and compile"
+        "--baseline",
+        type=_names,
+        default=("eager",),
+        help="what to compare with: names of eager, compile, autotune and whole, which takes minutes (default: eager)",
     )
     _add_common(parser, _measure_step)
 
@@ -95,12 +102,29 @@ def _add_ops(parser: argparse.ArgumentParser) -> None:
 
 def _add_table(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", type=_names, default=("eager", "compile"), help="eager or eager,compile")
-    parser.add_argument(
-        "--part", action="append", choices=PARTS, help="with --device cuda: only this part; may be repeated"
-    )
+    _add_selection(parser)
     parser.add_argument("--markdown", metavar="FILE", help="write the tables as markdown; - prints them")
     _add_common(parser, _measure_table)
-    parser.set_defaults(threads=2, dtype="float32", precision="highest", autocast="none")
+    parser.set_defaults(threads=2, dtype="float32")
+
+
+def _add_warm(parser: argparse.ArgumentParser) -> None:
+    _add_selection(parser)
+    parser.add_argument(
+        "--share", type=_share, default=(1, 1), metavar="I/N", help="the I-th of N shares (default: 1/1, everything)"
+    )
+    parser.set_defaults(bench=_warm, threads=None)
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("which cases (on a CUDA device)")
+    parts = (*PARTS, *LONG_PARTS)
+    group.add_argument(
+        "--part", action="append", choices=parts, help="only this part; may be repeated (default: all but whole)"
+    )
+    group.add_argument("--shape", action="append", choices=list(SHAPES), help="only this; may be repeated")
+    group.add_argument("--precision", choices=PRECISIONS, help="only products in this precision")
+    group.add_argument("--goals", action="store_true", help="only cases that have a goal")
 
 
 def _add_join(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +132,7 @@ def _add_join(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the joined report as JSON; - prints it")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables as markdown; - prints them")
     parser.add_argument("--brief", action="store_true", help="print one line for each case that has a goal or failed")
-    parser.set_defaults(bench=_join, threads=None)
+    parser.set_defaults(bench=partial(_shown, _join), threads=None)
 
 
 def _add_common(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], dict[str, Any]]) -> None:
@@ -126,14 +150,14 @@ def _add_common(parser: argparse.ArgumentParser, measure: Callable[[argparse.Nam
         parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
         parser.add_argument(
             "--precision",
-            choices=("highest", "high"),
+            choices=PRECISIONS,
             default="highest",
             help="of float32 products on a CUDA device (default: highest)",
         )
         parser.add_argument(
             "--autocast", choices=("none", *AUTOCAST), default="none", help="measure under autocast (default: none)"
         )
-    parser.set_defaults(bench=measure, markdown=None, brief=False)
+    parser.set_defaults(bench=partial(_shown, measure), markdown=None, brief=False)
 
 
 def _measure_step(args: argparse.Namespace) -> dict[str, Any]:
@@ -152,9 +176,12 @@ def _measure_ops(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure_table(args: argparse.Namespace) -> dict[str, Any]:
-    from fastmix.experiments.bench import report, table, table_cuda
+    from fastmix.experiments.bench import report, table
 
     if args.device == "cpu":
+        for name in ("part", "shape", "precision", "goals"):
+            if getattr(args, name):
+                raise ValueError(f"--{name} needs --device cuda, got {args.device}")
         return _report(args, lambda effort: table.run(effort, args.threads, "compile" in args.baseline))
 
     def run(effort: Any) -> list[dict[str, Any]]:
@@ -166,9 +193,26 @@ def _measure_table(args: argparse.Namespace) -> dict[str, Any]:
             content = report.report(results, args.dtype, args.device, effort.ceilings)
             _write(None if args.json == "-" else args.json, json.dumps(content, indent=2) + "\n")
 
-        return report.run(table_cuda.plan(args.part or PARTS), effort, keep, tolerant=True)
+        return report.run(_selected(args), effort, keep, tolerant=True)
 
     return _report(args, run)
+
+
+def _selected(args: argparse.Namespace) -> Iterator[Any]:
+    """What is planned for a CUDA device, as far as the options ask for it."""
+    from fastmix.experiments.bench import table_cuda
+
+    return table_cuda.plan(args.part or PARTS, args.shape or (), args.precision, args.goals)
+
+
+def _warm(args: argparse.Namespace) -> int:
+    from fastmix.experiments.bench.warm import share, warm
+
+    if not torch.cuda.is_available():
+        raise ValueError("bench warm needs a CUDA device, and this torch sees none")
+    index, of = args.share
+    warm(share(_selected(args), index - 1, of))
+    return 0
 
 
 def _join(args: argparse.Namespace) -> dict[str, Any]:
@@ -243,6 +287,13 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def _share(text: str) -> tuple[int, int]:
+    index, slash, of = text.partition("/")
+    if not (slash and index.isdecimal() and of.isdecimal() and 1 <= int(index) <= int(of)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, got {text!r}")
+    return int(index), int(of)
 
 
 def _names(text: str) -> tuple[str, ...]:

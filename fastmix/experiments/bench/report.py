@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -12,17 +13,21 @@ from typing import Any, Final
 import torch
 
 from fastmix.experiments.bench.bounds import Ceilings
-from fastmix.experiments.bench.cases import Case, Setting
+from fastmix.experiments.bench.cases import Case, Setting, first_line
+from fastmix.experiments.bench.parity import Error
 from fastmix.testing import bench
 from fastmix.testing.bench import Rotating, Timing, environment, graphed, interleaved, speedup
 
+_GRAPH: Final = " graph"
+_BOUNDS: Final = ("floor", "empty kernel")
 ORDER: Final = (
-    *("ours graph", "eager", "eager graph", "compile", "compile graph", "autotune"),
-    *("gru", "gru graph", "cell", "cell graph", "products", "products graph", "floor", "empty kernel"),
+    "ours graph",
+    *(f"{name}{graph}" for name in ("native", "triton", "cudnn") for graph in ("", _GRAPH)),
+    *(f"{name}{graph}" for name in ("eager", "compile", "autotune", "whole") for graph in ("", _GRAPH)),
+    *(f"{name}{graph}" for name in ("gru", "cell", "products") for graph in ("", _GRAPH)),
+    *_BOUNDS,
 )
 """Columns of a table, those that have an entry."""
-
-_OURS: Final = ("ours", "ours graph")
 
 _CAPTURED_SECONDS: Final = 5e-4
 """of device time a graph should hold at least, so that its own launch does not show"""
@@ -46,8 +51,12 @@ class Effort:
 class Planned:
     """A case to build and run, and the least ratio (contestant's time over ours) that is asked of it."""
 
-    build: Callable[[], Case]
+    build: partial[Case]
     goals: Mapping[str, float] = field(default_factory=dict)
+
+    def given(self, name: str) -> Any:
+        """The argument ``name`` of ``build``, None where it has none."""
+        return inspect.signature(self.build.func).bind(*self.build.args, **self.build.keywords).arguments.get(name)
 
 
 def run(
@@ -70,6 +79,7 @@ def run(
             case = planned.build()
             print(case.name, end=" ", file=sys.stderr, flush=True)
             result = measure(case, effort, planned.goals)
+            del case  # before the next one is built: they hold large tensors
             ratios = " ".join(f"{name} {ratio:.2f}x" for name, ratio in result["ratios"].items())
             print(ratios if result["parity"]["passed"] else "DIFFERS FROM THE REFERENCE", file=sys.stderr, flush=True)
         except Exception as error:
@@ -89,22 +99,24 @@ def measure(case: Case, effort: Effort, goals: Mapping[str, float]) -> dict[str,
     costs: dict[str, dict[str, Any]] = {}
     absent = dict(case.absent)
     with case.setting.applied():
-        error = case.error()
-        passed = error <= case.tolerance  # False for NaN
+        errors, allowed = case.measured_errors()
+        passed = errors["ours"].within(allowed)
         if passed:
             contestants = dict(case.contestants)
             if device == "cuda":
-                contestants = _on_device(case, absent)
+                contestants = _on_device(case, _wrong(errors, allowed), absent)
                 costs = {name: _costs(contestants[name]) for name in ("ours", "eager") if name in contestants}
             timings = interleaved(
                 contestants, effort.rounds, effort.warmup, effort.min_time, effort.max_time, device=device
             )
     ratios = {
-        name: speedup(timing, timings[_partner(name, timings)]) for name, timing in timings.items() if name != "ours"
+        name: speedup(timing, timings[_partner(case.main, name, timings)])
+        for name, timing in timings.items()
+        if name != "ours"
     }
     floors = _floors(case, effort.ceilings) if passed else {}
     for name, seconds in floors.items():
-        ratios[name] = seconds / timings["ours graph" if "ours graph" in timings else "ours"].median
+        ratios[name] = seconds / timings[_partner(case.main, name, timings)].median
     measured = {name: timing.as_milliseconds() | costs.get(name, {}) for name, timing in timings.items()}
     return {
         "op": case.op,
@@ -112,12 +124,28 @@ def measure(case: Case, effort: Effort, goals: Mapping[str, float]) -> dict[str,
         "shape": case.shape,
         "sizes": dict(case.sizes),
         "precision": case.setting.name,
+        "backend": case.backend,
+        "main": case.main,
         "note": case.note,
-        "parity": {"error": error, "tolerance": case.tolerance, "passed": passed},
+        "parity": parity(errors, allowed),
         "contestants": measured | {name: {"median_ms": 1e3 * seconds} for name, seconds in floors.items()},
         "absent": absent,
         "ratios": {name: round(ratio, 3) for name, ratio in ratios.items()},
         **judge(ratios, goals),
+    }
+
+
+def parity(errors: Mapping[str, Error], allowed: Error) -> dict[str, Any]:
+    """What ours and the others err by, what is allowed, and whether ours passed."""
+    ours = errors["ours"]
+    others = {name: error for name, error in errors.items() if name != "ours"}
+    return {
+        "error": ours.values,
+        "gradient_error": ours.gradients,
+        "others": {name: {"error": e.values, "gradient_error": e.gradients} for name, e in others.items()},
+        "tolerance": allowed.values,
+        "gradient_tolerance": allowed.gradients,
+        "passed": ours.within(allowed),
     }
 
 
@@ -169,7 +197,8 @@ def text(content: dict[str, Any]) -> str:
         if not result["parity"]["passed"]:
             lines.append(f"  not timed: {_why(result)}")
         for name, timing in result["contestants"].items():
-            ratio = f"  {result['ratios'][name]:.2f} x ours" if name in result["ratios"] else ""
+            partner = _partner(result.get("main", "ours"), name, result["contestants"])
+            ratio = f"  {result['ratios'][name]:.2f} x {partner}" if name in result["ratios"] else ""
             spread = f"({timing['p20_ms']:g} to {timing['p80_ms']:g}, {timing['n']} rounds)" if "n" in timing else ""
             lines.append(f"  {name:<14} {timing['median_ms']:>9.4g} ms {spread}{ratio}")
         for name, memory in result.get("memory", {}).items():
@@ -183,24 +212,50 @@ def text(content: dict[str, Any]) -> str:
 
 
 def brief(content: dict[str, Any]) -> str:
-    """One line for each case that has a goal, failed or differs: its ratios beside their goals."""
-    lines = [_where(content), ""]
+    """One line for each case that has a goal, failed or differs: our times, and ratios with their goals behind them.
+
+    An exclamation mark stands behind what was not reached.
+    """
+    rows = [("case", "backend", "us", "graph us", "ratio/goal, other backends' us, error (eager's)")]
     for result in content["results"]:
-        if not result["goals"] and result["parity"]["passed"]:
+        passed = result["parity"]["passed"]
+        if not result["goals"] and passed:
             continue
-        sizes = "x".join(map(str, result["sizes"].values()))
-        name = " ".join(filter(None, (result["op"], result["phase"], result["shape"], sizes, result["precision"])))
-        if not result["parity"]["passed"]:
-            lines.append(f"{name}: {_why(result)}")
-            continue
-        times = [f"{key} {1e3 * result['contestants'][key]['median_ms']:.4g} us" for key in _OURS if _has(result, key)]
-        reached = [
-            f"{key} {result['ratios'][key]:.2f}x of {goal:g}" if key in result["ratios"] else f"{key} absent"
-            for key, goal in result["goals"].items()
-        ]
-        verdict = "ok" if result["met"] else "NOT MET"
-        lines.append(f"{name}: {', '.join(times)}; {', '.join(reached)}; {verdict}")
-    return "\n".join(lines)
+        phase = {"forward": "fwd", "forward+backward": "f+b"}.get(result["phase"], result["phase"])
+        sizes = "x".join(str(size) for size in result["sizes"].values())
+        words = (result["op"], phase, result["shape"], sizes, result["precision"])
+        name = " ".join(dict.fromkeys(filter(None, words)))
+        told = ", ".join(_reached(result)) if passed else _why(result)
+        rows.append((name, result.get("backend", ""), *(_us(result, key) for key in ("ours", "ours graph")), told))
+    widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), strict=True)]
+    lines = ["  ".join([*map(str.ljust, row, widths), row[-1]]) for row in rows]
+    return "\n".join([_where(content), "", *lines])
+
+
+def _reached(result: dict[str, Any]) -> Iterator[str]:
+    for name, goal in result["goals"].items():
+        ratio = result["ratios"].get(name)
+        yield f"{name} absent!" if ratio is None else f"{name} {ratio:.3g}/{goal:g}{'' if ratio >= goal else '!'}"
+    for name in ("native", "triton", "cudnn"):
+        shown = next((key for key in (name + _GRAPH, name) if key in result["contestants"]), None)
+        if shown is not None:
+            yield f"{shown} {_us(result, shown)}"
+    ours, eager = _errors(result)
+    yield f"error {ours} ({eager})" if eager else f"error {ours}"
+
+
+def _errors(result: dict[str, Any]) -> tuple[str, str]:
+    """Of ours and of the public way: values, and gradients where there are some."""
+    shown = []
+    for errors in (result["parity"], result["parity"].get("others", {}).get("eager")):
+        numbers = [errors["error"], errors.get("gradient_error") or None] if errors else []
+        shown.append(" / ".join(f"{error:.0e}" for error in numbers if error is not None))
+    return shown[0], shown[1]
+
+
+def _us(result: dict[str, Any], name: str) -> str:
+    timing = result["contestants"].get(name)
+    return "" if timing is None else f"{1e3 * timing['median_ms']:.4g}"
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -212,8 +267,9 @@ def markdown(content: dict[str, Any]) -> str:
     ]
     if _on_gpu(content):
         lines += [
-            "Columns in a graph, autotune, floor and empty kernel are compared with ours in a graph, the others with"
-            " ours launched call by call; error: ours against the float64 reference, as an RMS ratio.",
+            "Columns in a graph, floor and empty kernel are compared with ours in a graph, the others with ours ",
+            "launched call by call; of learner steps all are compared with ours in a graph, as training runs it.",
+            "Errors are RMS ratios to the float64 reference, of values / gradients; eager's is the public way's.",
         ]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in content["results"]:
@@ -227,11 +283,12 @@ def markdown(content: dict[str, Any]) -> str:
 def _table(group: Sequence[dict[str, Any]], gpu: bool) -> list[str]:
     names = [name for name in ORDER if any(name in result["ratios"] for result in group)]
     sizes: dict[str, int] = next((result["sizes"] for result in group if result["sizes"]), {})
-    header = ["shape", *sizes, *(["precision", "error"] if gpu else []), "ours", *names, "goal", "met"]
+    told = ["precision", "error", "eager's error", "backend"] if gpu else []
+    header = ["shape", *sizes, *told, "ours", *names, "goal", "met"]
     rows = [header, ["---"] * len(header)]
     for result in group:
         cells = [result["shape"], *(f"{result['sizes'][name]:,}" if result["sizes"] else "" for name in sizes)]
-        cells += [result["precision"], f"{result['parity']['error']:.1e}"] if gpu else []
+        cells += [result["precision"], *_errors(result), result.get("backend", "")] if gpu else []
         if result["parity"]["passed"]:
             cells += [_amount(result, "ours"), *(_compared(result, name) for name in names)]
         else:
@@ -243,9 +300,12 @@ def _table(group: Sequence[dict[str, Any]], gpu: bool) -> list[str]:
 
 def _why(result: dict[str, Any]) -> str:
     """The reason of a result without timings."""
-    if result["parity"]["tolerance"] is None:
+    p = result["parity"]
+    if p["tolerance"] is None:
         return f"failed: {result['note']}"
-    return f"differs from the reference by {result['parity']['error']:.2e}"
+    kind = " in a gradient" if p["error"] <= p["tolerance"] else ""
+    error, allowed = (p["gradient_error"], p["gradient_tolerance"]) if kind else (p["error"], p["tolerance"])
+    return f"differs from the reference{kind} by {error:.2e}, {allowed:.2e} allowed"
 
 
 def _compared(result: dict[str, Any], name: str) -> str:
@@ -289,9 +349,8 @@ def _on_gpu(content: dict[str, Any]) -> bool:
 
 def _failed(planned: Planned, error: Exception) -> dict[str, Any]:
     """The entry of a case that could not be built or run."""
-    what = planned.build
-    function = what.func if isinstance(what, partial) else what
-    arguments = [*what.args, *what.keywords.values()] if isinstance(what, partial) else []
+    function = planned.build.func
+    arguments = [*planned.build.args, *planned.build.keywords.values()]
     plain = [str(argument) for argument in arguments if isinstance(argument, (str, int))]
     return {
         "op": function.__name__,
@@ -299,7 +358,8 @@ def _failed(planned: Planned, error: Exception) -> dict[str, Any]:
         "shape": " ".join(plain),
         "sizes": {},
         "precision": next((a.name for a in arguments if isinstance(a, Setting)), ""),
-        "note": f"{type(error).__name__}: {_first_line(error)}",
+        "backend": "",
+        "note": f"{type(error).__name__}: {first_line(error)}",
         "parity": {"error": math.nan, "tolerance": None, "passed": False},
         "contestants": {},
         "absent": {},
@@ -308,10 +368,22 @@ def _failed(planned: Planned, error: Exception) -> dict[str, Any]:
     }
 
 
-def _on_device(case: Case, absent: dict[str, str]) -> dict[str, Callable[[], object]]:
+def _wrong(errors: Mapping[str, Error], allowed: Error) -> dict[str, str]:
+    """Backends that may not be timed, and why."""
+    return {
+        name: f"differs from the reference by {error.values:.2e} / {error.gradients:.2e}"
+        for name, error in errors.items()
+        if name != "eager" and not error.within(allowed)
+    }
+
+
+def _on_device(case: Case, wrong: Mapping[str, str], absent: dict[str, str]) -> dict[str, Callable[[], object]]:
     """The contestants that run, and those of them that are captured; why others do not goes into ``absent``."""
     contestants: dict[str, Callable[[], object]] = {}
     for name, call in case.contestants.items():
+        if name in wrong:
+            absent[name] = wrong[name]
+            continue
         try:
             call()
             torch.cuda.synchronize()
@@ -319,14 +391,14 @@ def _on_device(case: Case, absent: dict[str, str]) -> dict[str, Callable[[], obj
         except Exception as error:
             if name == "ours":
                 raise
-            absent[name] = _first_line(error)
+            absent[name] = first_line(error)
     for name in case.captured:
         if name not in contestants:
             continue
         try:
-            contestants[f"{name} graph"] = _captured(contestants[name])
+            contestants[name + _GRAPH] = _captured(contestants[name])
         except Exception as error:
-            absent[f"{name} graph"] = _first_line(error)
+            absent[name + _GRAPH] = first_line(error)
     return contestants
 
 
@@ -350,21 +422,15 @@ def _costs(call: Callable[[], object]) -> dict[str, Any]:
     }
 
 
-def _partner(name: str, timings: Mapping[str, Timing]) -> str:
-    """Which of ours a contestant is compared with: what runs in a graph with ours in a graph."""
-    in_graph = name.endswith(" graph") or name == "autotune"
-    return "ours graph" if in_graph and name != "ours graph" and "ours graph" in timings else "ours"
-
-
-def _has(result: dict[str, Any], name: str) -> bool:
-    return name in result["contestants"]
+def _partner(main: str, name: str, timings: Mapping[str, object]) -> str:
+    """Which of ours a contestant is compared with: what runs in a graph, and bounds, with ours in a graph."""
+    if name == "ours graph":
+        return "ours"
+    wanted = "ours graph" if name.endswith(_GRAPH) or name in _BOUNDS else main
+    return wanted if wanted in timings else "ours"
 
 
 def _floors(case: Case, ceilings: Ceilings | None) -> dict[str, float]:
     if ceilings is None or case.floor is None:
         return {}
-    return {"floor": case.floor(ceilings), "empty kernel": ceilings.launch}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return dict(zip(_BOUNDS, (case.floor(ceilings), ceilings.launch), strict=True))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -13,16 +13,32 @@ from torch import Tensor
 
 from fastmix.algorithms import Algorithm, AlgorithmConfig, EpisodeBatch, Scheme, make
 from fastmix.experiments.bench import baselines
-from fastmix.experiments.bench.cases import FLOAT32, Case, Setting, largest, mixing_params, ragged_mask, utility_params
+from fastmix.experiments.bench.cases import (
+    COMPILERS,
+    FLOAT32,
+    Case,
+    Setting,
+    mixing_params,
+    ragged_mask,
+    utility_params,
+)
+from fastmix.experiments.bench.parity import Error, largest
 from fastmix.testing import rms_ratio
 from fastmix.testing.bench import Graphed, graphed
 from fastmix.testing.shapes import SHAPES
+from fastmix.train.learner import Delivery, Learner
 
-BASELINES: Final = ("eager", "compile")
-COMPILED: Final = "compile: the agent's cell and the mixer are compiled; loops over time and the optimiser are not"
+WHOLE: Final = "whole"
+BASELINES: Final = ("eager", *COMPILERS, WHOLE)
+"""What `step` compares with; `WHOLE` is the public step with all of its loss compiled, which takes minutes."""
+NOTES: Final = {
+    "compile": "compile: the agent's cell and the mixer are compiled; loops over time and the optimiser are not",
+    "autotune": "autotune: the same cell and mixer with the kernels that measure best",
+    WHOLE: "whole: the loss is compiled as one graph over all time steps, with its backward pass",
+}
 
-_TOLERANCE: Final = 1e-9
-_DEVICE_TOLERANCE: Final = {"highest": 1e-4, "high": 5e-3}
+_TOLERANCE: Final = Error(1e-9)
+_DEVICE_TOLERANCE: Final = {"highest": Error(1e-4), "high": Error(5e-3)}
 """of loss and gradient norm in float32 on a CUDA device"""
 _SEED: Final = 0
 
@@ -32,16 +48,17 @@ def step(
     shape: str,
     batch_size: int | None = None,
     steps: int | None = None,
-    against: tuple[str, ...] = BASELINES,
+    against: tuple[str, ...] = ("eager", "compile"),
     preset: str = "pymarl2",
     setting: Setting = FLOAT32,
 ) -> Case:
     """One training step of ``algo`` on a batch of random episodes, the longest with ``steps`` transitions.
 
-    The error of the case compares steps of ours and of the public way from the same weights on a small batch: in
-    float64 loss, gradient norm and every parameter afterwards; on a CUDA device loss and gradient norm of ours in
-    float32 with those of the public way in float64. There ``ours graph`` is what `fastmix.train` does, ``eager graph``
-    and ``compile graph`` are the public step captured whole, with the optimiser's capturable form.
+    The errors of the case compare steps of ours and of the public way from the same weights on a small batch: in
+    float64 loss, gradient norm and every parameter afterwards; on a CUDA device loss and gradient norm of either in
+    float32 with those of the public way in float64. There ``ours graph`` is what `fastmix.train` does, and what the
+    public step, which is launched call by call, is compared with. ``eager graph`` and its like are the public step
+    captured whole, with the optimiser's capturable form.
 
     Raises:
         ValueError: an unknown baseline, or an algorithm whose public form is not among the baselines.
@@ -52,40 +69,33 @@ def step(
     sizes = SHAPES[shape]
     batch_size, steps = batch_size or sizes.batch_size, steps or sizes.steps
     scheme = Scheme(sizes.n_agents, sizes.n_actions, sizes.obs_dim, sizes.state_dim, steps)
-    on_device, absent = setting.device == "cuda", dict[str, str]()
+    on_device = setting.device == "cuda"
     with default_dtype(setting.dtype):
-        ours = make(algo, scheme, preset=preset, seed=_SEED, device=setting.device)
+        build = partial(make, algo, scheme, preset=preset, seed=_SEED, device=setting.device)
+        ours = build()
         batch = random_batch(scheme, batch_size).to(setting.device)
-        public = public_batch(batch, scheme.n_actions)
         contestants: dict[str, Callable[[], object]] = {"ours": setting.entered(lambda: ours.step(batch))}
         if on_device:
-            try:
-                replayed = _replayed(make(algo, scheme, preset=preset, seed=_SEED, device=setting.device), batch)
-                contestants["ours graph"] = setting.entered(replayed)
-            except (ImportError, TypeError) as error:
-                absent["ours graph"] = str(error)
-        if "compile" in against:
+            contestants["ours graph"] = setting.entered(_replayed(build(), batch))
+        if set(against) - {"eager"}:
             torch.compiler.reset()
         for name in against:
-            for capturable in (False, True) if on_device else (False,):
-                learner = public_learner(ours, scheme)
-                for group in learner.optimizer.param_groups:
-                    group["capturable"] = capturable
-                if name == "compile":
-                    learner.compile()
-                call = setting.entered(lambda learner=learner: learner.step(public))  # type: ignore[misc]
-                contestants[f"{name} graph" if capturable else name] = Captured(call) if capturable else call
+            contestants |= _public_steps(name, ours, batch, setting)
+    small = Scheme(*scheme_sizes(scheme), episode_limit=min(steps, 8))
+    errors = {"ours": partial(_step_error, algo, small, preset, setting)}
+    if on_device:
+        errors["eager"] = partial(_step_error, algo, small, preset, setting, public=True)
     return Case(
         f"step {algo}",
         "step",
         shape,
         {"episodes": batch_size, "steps": steps},
         contestants,
-        lambda: step_error(algo, Scheme(*scheme_sizes(scheme), episode_limit=min(steps, 8)), preset, setting=setting),
+        errors,
         _DEVICE_TOLERANCE[setting.precision] if on_device else _TOLERANCE,
-        "; ".join([f"preset {preset}", *([COMPILED] if "compile" in against else [])]),
+        "; ".join([f"preset {preset}", *(NOTES[name] for name in against if name in NOTES)]),
         setting=setting,
-        absent=absent,
+        main="ours graph" if on_device else "ours",
     )
 
 
@@ -103,14 +113,24 @@ class Captured:
         self._graph()
 
 
-def step_error(algo: str, scheme: Scheme, preset: str, batch_size: int = 4, setting: Setting = FLOAT32) -> float:
-    """Largest deviation between our step and the public one, over two steps from the same weights; see `step`."""
+def step_error(
+    algo: str,
+    scheme: Scheme,
+    preset: str,
+    batch_size: int = 4,
+    setting: Setting = FLOAT32,
+    public: bool = False,
+) -> float:
+    """Largest deviation between our step and the public one, over two steps from the same weights; see `step`.
+
+    With ``public``, on a CUDA device, of the public step there.
+    """
     with default_dtype(torch.float64):
         ours = make(algo, scheme, preset=preset, seed=_SEED)
         perturb_targets(ours)
         learner = public_learner(ours, scheme)
         batch = random_batch(scheme, batch_size)
-        public = public_batch(batch, scheme.n_actions)
+        episodes = public_batch(batch, scheme.n_actions)
         weights = {name: network.state_dict() for name, network in ours.networks.items()}
         weights = {name: {key: value.clone() for key, value in state.items()} for name, state in weights.items()}
         if setting.device == "cuda":
@@ -119,13 +139,42 @@ def step_error(algo: str, scheme: Scheme, preset: str, batch_size: int = 4, sett
             for name, network in ours.networks.items():
                 network.load_state_dict(weights[name])
             batch = _rounded(batch).to(setting.device)
+        tested: Callable[[], Mapping[str, Tensor]] = partial(ours.step, batch)
+        if public:
+            tested = partial(public_learner(ours, scheme).step, public_batch(batch, scheme.n_actions))
         errors = []
         for _ in range(2):
-            logged, expected = setting.entered(lambda: ours.step(batch))(), learner.step(public)
+            logged, expected = setting.entered(tested)(), learner.step(episodes)
             errors += [rms_ratio(logged[name], expected[name]) for name in ("loss", "grad_norm")]
         if setting.device == "cpu":
             errors += [rms_ratio(a, b) for a, b in parameter_pairs(ours, learner)]
     return largest(errors)
+
+
+def _step_error(algo: str, scheme: Scheme, preset: str, setting: Setting, public: bool = False) -> Error:
+    return Error(step_error(algo, scheme, preset, setting=setting, public=public))
+
+
+def _public_steps(name: str, ours: Algorithm, batch: EpisodeBatch, setting: Setting) -> dict[str, Callable[[], object]]:
+    """The public step as ``name`` of `BASELINES` says, on a CUDA device also captured whole."""
+    episodes = public_batch(batch, ours.scheme.n_actions)
+
+    def build(capturable: bool) -> Callable[[], object]:
+        learner = public_learner(ours, ours.scheme)
+        for group in learner.optimizer.param_groups:
+            group["capturable"] = capturable
+        if name in COMPILERS:
+            learner.compile(COMPILERS[name])
+        elif name == WHOLE:
+            learner.compile_loss()
+        return setting.entered(lambda: learner.step(episodes))
+
+    if setting.device != "cuda":
+        return {name: build(False)}
+    if name == WHOLE:  # compiled once
+        call = build(True)
+        return {name: call, f"{name} graph": Captured(call)}
+    return {name: build(False), f"{name} graph": Captured(build(True))}
 
 
 def _rounded(batch: EpisodeBatch) -> EpisodeBatch:
@@ -139,8 +188,7 @@ def _replayed(algorithm: Algorithm, batch: EpisodeBatch) -> Callable[[], object]
 
     The episodes lie ready on the device, as they do for the public way.
     """
-    module = importlib.import_module("fastmix.train.learner")
-    learner, delivery = module.Learner(algorithm, graphs=True), module.Delivery("batch", lambda: batch)
+    learner, delivery = Learner(algorithm, graphs=True), Delivery("batch", lambda: batch)
     return lambda: learner.step(delivery)
 
 

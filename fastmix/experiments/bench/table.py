@@ -25,8 +25,8 @@ def run(effort: Effort, threads: int, compiled: bool = True) -> list[dict[str, A
 def memory(shape: str, rows: int, threads: int) -> dict[str, Any]:
     """Peak memory of `monotonic` training against eager; `cases.monotonic_memory` says how it is measured."""
     case = cases.monotonic(shape, rows, compiled=())
-    error = case.error()
-    passed = error <= case.tolerance
+    compared = report.parity(*case.measured_errors())
+    passed = compared["passed"]
     print(f"monotonic memory {shape} rows={rows}", end=" ", file=sys.stderr, flush=True)
     measured = cases.monotonic_memory(shape, rows, threads) if passed else {}
     ours, eager = (measured.get(name, {}).get("peak_bytes") for name in ("ours", "eager"))
@@ -39,7 +39,7 @@ def memory(shape: str, rows: int, threads: int) -> dict[str, Any]:
         "sizes": {"rows": rows},
         "precision": case.setting.name,
         "note": "growth of the resident set during forward and backward, in a process of its own",
-        "parity": {"error": error, "tolerance": case.tolerance, "passed": passed},
+        "parity": compared,
         "contestants": {},
         "memory": measured,
         "ratios": ratios,
@@ -84,7 +84,7 @@ def _small_ops() -> list[Planned]:
 
 
 def _steps(compiled: bool) -> list[Planned]:
-    against = steps.BASELINES if compiled else ("eager",)
+    against = ("eager", "compile") if compiled else ("eager",)
     return [
         Planned(partial(steps.step, "qmix", shape, against=against), {"eager": 2.3 if shape == "MMM2" else 3.0})
         for shape in ("3m", "5m_vs_6m", "prey", "MMM2", "matrix")

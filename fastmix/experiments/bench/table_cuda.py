@@ -6,7 +6,7 @@ a process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final
 
@@ -24,15 +24,61 @@ _MIXED: Final = (("5m_vs_6m", 15_360), ("MMM2", 15_360), ("5m_vs_6m", 61_440), (
 """Sizes of `monotonic` that have goals."""
 _UNROLLED: Final = tuple((episodes, steps) for steps in (60, 120) for episodes in (32, 64, 128, 256))
 """Episodes of ten agents, and steps, of `recurrent`: 320 to 2,560 rows."""
-_STEPS: Final = ("5m_vs_6m", "MMM2", "3m")
+_GOAL_STEPS: Final = ("5m_vs_6m", "MMM2")
+_STEPS: Final = (*_GOAL_STEPS, "3m")
 _HALF: Final = 0.5
 """Ours may take twice the floor."""
 
 
-def plan(parts: Sequence[str]) -> Iterator[Planned]:
-    """The cases of these ``parts``, in the order given."""
+def plan(
+    parts: Sequence[str], shapes: Sequence[str] = (), precision: str | None = None, goals: bool = False
+) -> Iterator[Planned]:
+    """The cases of these ``parts``, in the order given.
+
+    Args:
+        parts: names of parts.
+        shapes: if any, only these; what has no such shape stays.
+        precision: if given, only this; what has no products stays.
+        goals: only what has goals.
+    """
     for part in parts:
-        yield from _PARTS[part]()
+        for planned in _PARTS[part]():
+            shape = planned.given("shape")
+            unwanted = shape is not None and (
+                (shapes and shape not in shapes) or (precision and planned.given("setting").name != precision)
+            )
+            if not unwanted and (planned.goals or not goals):
+                yield planned
+
+
+def _monotonic() -> Iterator[Planned]:
+    for train in (True, False):
+        for shape, rows in _MIXED:
+            goals = {"eager": 6.0, "eager graph": 6.0, "floor": _HALF} if train else {"floor": _HALF}
+            yield Planned(partial(cases.monotonic, shape, rows, train, HIGH, ()), goals)
+    for setting in (HIGHEST, BFLOAT16):
+        for train in (True, False):
+            for shape, rows in _MIXED:
+                yield Planned(partial(cases.monotonic, shape, rows, train, setting, ()))
+    for train in (True, False):
+        for shape, rows in (("5m_vs_6m", 1_920), ("MMM2", 1_920), ("3m", 15_360), ("27m_vs_30m", 15_360)):
+            yield Planned(partial(cases.monotonic, shape, rows, train, HIGH, ()))
+
+
+def _recurrent() -> Iterator[Planned]:
+    for setting in (HIGH, HIGHEST):
+        for train in (True, False):
+            for episodes, length in _UNROLLED:
+                least = 4.0 if episodes == 256 else 8.0
+                build = partial(cases.recurrent, "MMM2", train, setting, (), episodes, length, False)
+                yield Planned(build, {"gru": least, "gru graph": least})
+
+
+def _step() -> Iterator[Planned]:
+    for setting in (HIGH, HIGHEST):
+        for shape in _STEPS:
+            goals = {"eager": 20.0} if shape in _GOAL_STEPS else {}
+            yield Planned(partial(steps.step, "qmix", shape, *_batch(shape), ("eager",), setting=setting), goals)
 
 
 def _small() -> Iterator[Planned]:
@@ -48,47 +94,28 @@ def _small() -> Iterator[Planned]:
         yield Planned(partial(cases.td_loss, episodes, length, HIGHEST), goals)
 
 
-def _monotonic() -> Iterator[Planned]:
-    for train in (True, False):
-        for shape, rows in _MIXED:
-            goals = {"eager": 6.0, "floor": _HALF} if train else {"floor": _HALF}
-            yield Planned(partial(cases.monotonic, shape, rows, train, HIGH, ()), goals)
-    for setting in (HIGHEST, BFLOAT16):
-        for train in (True, False):
-            for shape, rows in _MIXED:
-                yield Planned(partial(cases.monotonic, shape, rows, train, setting, ()))
-    for train in (True, False):
-        for shape, rows in (("5m_vs_6m", 1_920), ("MMM2", 1_920), ("3m", 15_360), ("27m_vs_30m", 15_360)):
-            yield Planned(partial(cases.monotonic, shape, rows, train, HIGH, ()))
-
-
-def _recurrent() -> Iterator[Planned]:
-    for setting in (HIGH, HIGHEST):
-        for train in (True, False):
-            for episodes, length in _UNROLLED:
-                goals = {"gru": 4.0 if episodes == 256 else 8.0}
-                yield Planned(partial(cases.recurrent, "MMM2", train, setting, (), episodes, length, False), goals)
-
-
-def _step() -> Iterator[Planned]:
-    for setting in (HIGH, HIGHEST):
-        for shape in _STEPS:
-            goals = {} if shape == "3m" else {"eager": 20.0}
-            yield Planned(partial(steps.step, "qmix", shape, *_batch(shape), ("eager",), setting=setting), goals)
-
-
 def _compile() -> Iterator[Planned]:
-    for shape in _STEPS:
-        goals = {} if shape == "3m" else {"compile": 3.0}
-        yield Planned(partial(steps.step, "qmix", shape, *_batch(shape), ("compile",), setting=HIGH), goals)
+    for shape in _GOAL_STEPS:
+        yield _compiled_step(shape, "compile", {"compile": 3.0})
     for shape, rows in _MIXED:
         yield Planned(partial(cases.monotonic, shape, rows, True, HIGH, ("compile",)), {"compile graph": 2.5})
     yield Planned(partial(cases.recurrent, "MMM2", True, HIGH, ("compile",), 32, 60))
+    yield _compiled_step("3m", "compile")
 
 
 def _autotune() -> Iterator[Planned]:
     for shape, rows in _MIXED:
-        yield Planned(partial(cases.monotonic, shape, rows, True, HIGH, ("autotune",)), {"autotune": 2.5})
+        yield Planned(partial(cases.monotonic, shape, rows, True, HIGH, ("autotune",)), {"autotune graph": 2.5})
+    for shape in _GOAL_STEPS:
+        yield _compiled_step(shape, "autotune", {"autotune": 3.0})
+
+
+def _whole() -> Iterator[Planned]:
+    yield _compiled_step("5m_vs_6m", steps.WHOLE)
+
+
+def _compiled_step(shape: str, how: str, goals: Mapping[str, float] | None = None) -> Planned:
+    return Planned(partial(steps.step, "qmix", shape, *_batch(shape), (how,), setting=HIGH), goals or {})
 
 
 def _batch(shape: str) -> tuple[int, int]:
@@ -97,10 +124,11 @@ def _batch(shape: str) -> tuple[int, int]:
 
 
 _PARTS: Final[dict[str, Callable[[], Iterator[Planned]]]] = {
-    "small": _small,
     "monotonic": _monotonic,
     "recurrent": _recurrent,
     "step": _step,
+    "small": _small,
     "compile": _compile,
     "autotune": _autotune,
+    "whole": _whole,
 }

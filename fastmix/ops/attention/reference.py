@@ -31,23 +31,23 @@ def attention(
     own = own[:, : n_agents * own_size].reshape(rows, n_agents, own_size)
     if params.key.weight.shape[-1] > own_size:
         own = torch.cat([own, agent_qs.unsqueeze(-1)], -1)
+    # query . (K o + k) as (K^T query) . o + query . k, so that no key is built.
     query = mlp(states, params.query)
-    key = torch.einsum("nau,heu->nhae", own, params.key.weight)
+    logits = torch.einsum("hnu,nau->hna", torch.bmm(query, params.key.weight), own)
     if params.key.bias is not None:
-        key = key + params.key.bias.unsqueeze(1)
-    logits = torch.einsum("nhe,nhae->nha", query, key)
+        logits = logits + torch.bmm(query, params.key.bias.unsqueeze(-1))
     attended = logits * query.shape[-1] ** -0.5
     if alive is not None:
-        attended = attended.masked_fill(~alive.unsqueeze(1), DEAD)
+        attended = attended.masked_fill(~alive, DEAD)
     if softmax:
         attended = attended.softmax(-1)
-    agent_weights = (mlp(states, params.head).abs().unsqueeze(-1) * attended if params.head else attended).sum(1)
+    agent_weights = (mlp(states, params.head).abs().T.unsqueeze(-1) * attended if params.head else attended).sum(0)
     q_tot = (agent_weights * agent_qs).sum(-1, keepdim=True)
     v = mlp(states, params.v) if params.v else None
     return AttentionOutput(
         q_tot if v is None else q_tot + v,
         agent_weights if return_weights else None,
         v if return_weights else None,
-        logits.square().mean(-1) if return_statistics else None,
-        -(attended * (attended + LOG_EPS).log()).sum(-1) if return_statistics else None,
+        logits.square().mean(-1).T if return_statistics else None,
+        -(attended * (attended + LOG_EPS).log()).sum(-1).T if return_statistics else None,
     )

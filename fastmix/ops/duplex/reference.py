@@ -45,7 +45,7 @@ def importance(states: Tensor, actions: Tensor, params: ImportanceParams) -> Ten
     n_actions = (params.action[0].weight.shape[-1] - states.shape[-1]) // actions.shape[-1]
     both = torch.cat([states, joint_one_hot(actions, n_actions, states.dtype)], -1)
     key = mlp(states, params.key).abs() + POSITIVE
-    return (key * mlp(states, params.agents).sigmoid() * mlp(both, params.action).sigmoid()).sum(1)
+    return (key * mlp(states, params.agents).sigmoid() * mlp(both, params.action).sigmoid()).sum(0)
 
 
 def recognise(

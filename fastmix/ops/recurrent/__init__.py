@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmix import backends
 from fastmix.ops import _checks
-from fastmix.ops.recurrent import arguments, native, reference
+from fastmix.ops.recurrent import arguments, cudnn, native, reference
 from fastmix.ops.recurrent.stepper import Stepper
 from fastmix.ops.recurrent.types import RecurrentOutput, RecurrentParams
 
@@ -77,7 +77,8 @@ def _dispatch(
 ) -> list[RecurrentOutput]:
     for index, (network, state) in enumerate(zip(networks, hidden, strict=True)):
         arguments.check_dtypes(obs, network, state, f"networks[{index}]", f"hidden[{index}]")
-    run = native.recurrent if backends.resolve("recurrent", obs, backend) == "native" else reference.recurrent
+    name = backends.resolve("recurrent", obs, backend)
+    run = {"native": native.recurrent, "cudnn": cudnn.recurrent, "reference": reference.recurrent}[name]
     return [
         run(obs, network, state, last_actions, agent_ids, return_hidden_states)
         for network, state in zip(networks, hidden, strict=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmix import backends
 from fastmix.ops import _checks
-from fastmix.ops.recurrent import arguments, native, reference
+from fastmix.ops.recurrent import arguments, cudnn, native, reference
 from fastmix.ops.recurrent.types import RecurrentParams
 
 _NO_STRIDES: tuple[int, ...] = (0, 0)
@@ -45,7 +45,7 @@ class Stepper:
         self._params, self._obs_size, self._ids = params, obs_size, n_agents
         self._hidden_size, self._outputs = params.fc1_weight.shape[0], params.fc2_weight.shape[0]
         self._actions = arguments.action_width("params", params, obs_size, n_agents)
-        self._native = backends.resolve("recurrent", params.fc1_weight) == "native"
+        self._backend = backends.resolve("recurrent", params.fc1_weight)
         self._core: Any = None
         self._seen: list[int] = []  # versions and addresses of the weights that are packed
         self._held: Sequence[Tensor] = ()
@@ -69,8 +69,8 @@ class Stepper:
             rows = obs.shape[:2]
             self._like = (obs.new_empty((*rows, self._outputs)), obs.new_empty((*rows, self._hidden_size)))
             self._key = key
-        if not self._native:
-            return self._by_reference(obs, hidden, last_actions)
+        if self._backend != "native":
+            return self._as_sequence(obs, hidden, last_actions)
         seen = [*map(_version, self._tensors), *map(_data_ptr, self._tensors)]
         if seen != self._seen:
             self._pack(seen)
@@ -109,10 +109,12 @@ class Stepper:
         self._held = [p.detach() for p in self._tensors]
         self._seen = seen
 
-    def _by_reference(self, obs: Tensor, hidden: Tensor | None, last_actions: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _as_sequence(self, obs: Tensor, hidden: Tensor | None, last_actions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """By the backend's function for whole sequences, of one step."""
+        run = cudnn.recurrent if self._backend == "cudnn" else reference.recurrent
         with torch.no_grad():
             last = None if last_actions is None else last_actions.unsqueeze(1)
-            out = reference.recurrent(obs.unsqueeze(1), self._params, hidden, last, self._ids > 0, False)
+            out = run(obs.unsqueeze(1), self._params, hidden, last, self._ids > 0, False)
         return out.q.squeeze(1), out.hidden
 
     def _check(self, obs: Tensor, hidden: Tensor | None, last_actions: Tensor | None) -> None:

@@ -43,7 +43,7 @@ def td_loss(
 
     Returns:
         A `TDLoss`: the loss, differentiable in ``qs`` and ``residual``, and ``mask * td`` without gradient. Native sums
-        are made in double precision, in an order that depends on the number of threads only.
+        are made in double precision, in an order that depends on the number of threads only, on CUDA on the shape only.
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype or device.

@@ -306,7 +306,7 @@ def _trace(
     recorder = _Recorder()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with (
-        torch.profiler.profile(activities=activities) as profiler,
+        torch.profiler.profile(activities=activities, acc_events=True) as profiler,
         mock.patch.object(torch.autograd.profiler, "_prepare_profiler", _refuse_profiler),
         _parts.listening(recorder),
     ):
