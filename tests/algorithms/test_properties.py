@@ -23,7 +23,7 @@ def joint_actions(n_agents: int, n_actions: int) -> Tensor:
     return torch.tensor(list(itertools.product(range(n_actions), repeat=n_agents)))
 
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "rnn_hidden_dim": 6, "mixing_embed_dim": 4, "hypernet_embed": 5, "central_mixing_embed_dim": 7,
     "n_query_embedding_layer1": 5, "n_query_embedding_layer2": 4, "adv_hypernet_embed": 5, "recogniser_embed_dim": 4,
     "recogniser_hypernet_embed": 5,
@@ -32,7 +32,7 @@ SIZES = {
 
 def wild(name: str, seed: int, **settings: Any) -> Algorithm:
     """A small algorithm with larger weights than it would be initialised with, in float64."""
-    algorithm = make(name, SCHEME, seed=seed, **SIZES, **settings).double()
+    algorithm = make(name, SCHEME, seed=seed, **(SIZES | settings)).double()
     torch.manual_seed(seed)
     with torch.no_grad():
         for network in algorithm.networks.values():
@@ -54,7 +54,7 @@ def every_joint_value(algorithm: Algorithm, seed: int) -> tuple[Tensor, dict[str
     qs = algorithm.utilities(obs, last).masked_fill(~avail, -torch.inf)
     greedy = (joint == qs.argmax(-1)[0, 0]).all(-1).nonzero().squeeze()
     copies = [x.expand(len(joint), *x.shape[1:]) for x in (obs, last, avail, states)]
-    values = algorithm.joint_values(*copies, joint.unsqueeze(1))
+    values = algorithm.joint_values(*(*copies, joint.unsqueeze(1)))
     return greedy, {key: value.flatten() for key, value in values.items()}
 
 
@@ -148,8 +148,8 @@ def test_with_a_converged_recogniser_the_optimum_is_recognised(seed: int) -> Non
 def weights_of(kind: str, q_tot: float, target: float, greedy_value: float, greedy: bool) -> float:
     config = make("qmix", SCHEME, weighting="cw", w_high=5.0, w=0.1).config
     config = type(config)(**{**config.__dict__, "weighting": kind})
-    column = [torch.full((1, 1, 1), x, dtype=torch.float64) for x in (q_tot, target, greedy_value)]
-    return weighting.weights(config, *column, torch.full((1, 1, 1), greedy)).item()
+    values, targets, greedy_values = torch.tensor([q_tot, target, greedy_value]).double().view(3, 1, 1, 1)
+    return weighting.weights(config, values, targets, greedy_values, torch.full((1, 1, 1), greedy)).item()
 
 
 @pytest.mark.parametrize(
