@@ -219,13 +219,16 @@ def test_every_parameter_is_learnt(name: str) -> None:
 
 def test_coefficients_weigh_the_terms_of_the_loss() -> None:
     """Terms are reported with their factors, and add up to the loss."""
-    for name, factors in (
-        ("qtran", {}), ("cw_qmix", {"central_loss": 0.25}), ("powqmix", {"recogniser_loss": 3.0, "central_loss": 2.0}),
-        ("resq_mse", {"noopt_loss": 7.0}),
-    ):  # fmt: skip
-        once, again = (
-            make(name, SCHEME, **settings).double().losses(batch_of(torch.float64)) for settings in ({}, factors)
-        )
+    cases: dict[str, dict[str, Any]] = {
+        "qtran": {},
+        "cw_qmix": {"central_loss": 0.25},
+        "powqmix": {"recogniser_loss": 3.0, "central_loss": 2.0},
+        "resq_mse": {"noopt_loss": 7.0},
+    }
+    batch = batch_of(torch.float64)
+    for name, factors in cases.items():
+        once = make(name, SCHEME).double().losses(batch)
+        again = make(name, SCHEME, **factors).double().losses(batch)
         for term, factor in factors.items():
             torch.testing.assert_close(again[term], factor * once[term])
         if name == "qtran":
