@@ -25,11 +25,14 @@ from fastmix.train.sweep import Run
 # training step for 8 episodes, 2,500 in all; optimisers, batches and networks are those of each algorithm's own paper.
 T_MAX: Final = 20_000
 PROTOCOL: Final[dict[str, Any]] = {"epsilon_start": 1.0, "epsilon_finish": 1.0, "batch_size_run": 8}
-# POWQMIX, section 5.1: weights 1 and 0 in the matrix game, for itself and for CW/OW-QMIX.
-WEIGHTS: Final[dict[str, dict[str, Any]]] = {
-    "cw_qmix": {"w": 0.0}, "ow_qmix": {"w": 0.0},
-    "powqmix": {"w_high": 1.0, "w": 0.0}, "powqmix_opt": {"w_high": 1.0, "w": 0.0},
-}  # fmt: skip
+# POWQMIX has weights 1 and 0 in matrix games, and gives them to CW- and OW-QMIX in its own, matrix 1. The others are in
+# the ResQ appendix only, whose tables of CW- and OW-QMIX show that it kept WQMIX's weight of 0.1.
+_ONE_AND_NOTHING: Final[dict[str, Any]] = {"w_high": 1.0, "w": 0.0}
+WEIGHTS: Final[dict[str, dict[str, dict[str, Any]]]] = {
+    "matrix1": {name: _ONE_AND_NOTHING for name in ("powqmix", "powqmix_opt", "cw_qmix", "ow_qmix")},
+    "matrix2": {name: _ONE_AND_NOTHING for name in ("powqmix", "powqmix_opt")},
+    "matrix3": {name: _ONE_AND_NOTHING for name in ("powqmix", "powqmix_opt")},
+}
 PRESET: Final = "paper"
 DEFAULT_SEEDS: Final = 10
 
@@ -38,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``fastmix reproduce``."""
     parser.description = (
         f"Train every algorithm on a matrix game of the papers: uniform exploration throughout, {T_MAX} steps, "
-        "weights 1 and 0 where there are weights; then print our tables beside the published ones, and how many seeds "
+        "the weights that the papers use there; then print our tables beside the published ones, and how many seeds "
         "found the optimum beside what the papers claim."
     )
     parser.add_argument("game", nargs="?", choices=sorted(paper_games()), help="which game (not with --resume)")
@@ -92,7 +95,7 @@ def _configs(
             raise ValueError(f"--algos has {name!r}; the algorithms are {', '.join(algorithms.REGISTRY)}")
     return {
         f"{name}/seed-{seed}": TrainConfig(
-            name, game.env, preset, seed, t_max, overrides={**PROTOCOL, **WEIGHTS.get(name, {})}
+            name, game.env, preset, seed, t_max, overrides={**PROTOCOL, **WEIGHTS[game.name].get(name, {})}
         )
         for name in dict.fromkeys(names or algorithms.REGISTRY)
         for seed in range(n_seeds)
