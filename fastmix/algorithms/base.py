@@ -6,7 +6,7 @@ import abc
 import copy
 import dataclasses
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,13 @@ from fastmix._parts import part
 from fastmix.algorithms.batch import EpisodeBatch, Scheme
 from fastmix.algorithms.config import AlgorithmConfig
 from fastmix.algorithms.optimiser import Optimiser
-from fastmix.ops import recurrent, select
+from fastmix.algorithms.standardise import RunningMoments
+from fastmix.ops import recurrent, returns, select
 from fastmix.ops._checks import check_choice
 from fastmix.ops.recurrent import RecurrentOutput, Stepper
+
+GREEDY_KINDS: Final = ("one_step", "n_step", "td_lambda")
+"""Kinds of targets that bootstrap from values of greedy actions only"""
 
 
 class Algorithm(abc.ABC):
@@ -53,6 +57,7 @@ class Algorithm(abc.ABC):
         self.targeted = tuple(name for name in online if self._has_target(name))
         for name in self.targeted:
             self.networks[f"target_{name}"] = copy.deepcopy(self.networks[name]).requires_grad_(False)
+        self.reward_moments = RunningMoments(self.device) if config.standardise_rewards else None
         self.optimiser = self._make_optimiser()
         self.updates = 0
         self._stepper: Stepper | None = None  # the acting agent's packed weights
@@ -196,6 +201,8 @@ class Algorithm(abc.ABC):
         """Everything that decides the next step: networks, targets, optimiser, counters; flat, by name."""
         state = {f"{name}.{k}": v for name, network in self.networks.items() for k, v in network.state_dict().items()}
         state |= {f"optimiser.{k}": v for k, v in self.optimiser.state_dict().items()}
+        if self.reward_moments is not None:
+            state["reward_moments"] = self.reward_moments.values
         return state | {"updates": torch.tensor(self.updates)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -207,6 +214,8 @@ class Algorithm(abc.ABC):
         for name, network in self.networks.items():
             network.load_state_dict(_under(f"{name}.", state))
         self.optimiser.load_state_dict(_under("optimiser.", state))
+        if self.reward_moments is not None:
+            self.reward_moments.values.copy_(state["reward_moments"])
         self.updates = int(state["updates"])
 
     def double(self) -> Algorithm:
@@ -256,6 +265,18 @@ class Algorithm(abc.ABC):
             "n_key_embedding_layer1": c.n_query_embedding_layer2, "type": "weighted" if c.weighted_head else "",
         }  # fmt: skip
         return mixers.REGISTRY[kind].from_args(SimpleNamespace(**(dataclasses.asdict(c) | sizes | pymarl2)))
+
+    def _returns(
+        self, batch: EpisodeBatch, bootstraps: Tensor, behaviour: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rewards ``[B, T, 1]`` as used and the targets ``[B, T, K]`` they make with values ``[B, T + 1, K]``."""
+        c = self.config
+        rewards = batch.rewards if self.reward_moments is None else self.reward_moments(batch.rewards, batch.mask)
+        targets = returns(
+            rewards, batch.terminated, batch.mask, bootstraps, behaviour_qs=behaviour,
+            gamma=c.gamma, kind=c.targets, td_lambda=c.td_lambda, n_step=c.n_step,
+        )  # fmt: skip
+        return rewards, targets
 
     def _unroll(
         self,

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from fastmix import agents
 from fastmix._parts import part
-from fastmix.algorithms.base import Algorithm
+from fastmix.algorithms.base import GREEDY_KINDS, Algorithm
 from fastmix.algorithms.batch import EpisodeBatch
-from fastmix.ops import returns, select, td_loss
+from fastmix.algorithms.config import AlgorithmConfig
+from fastmix.ops import select, td_loss
+from fastmix.ops._checks import check_choice
 from fastmix.ops.recurrent import RecurrentOutput
 from fastmix.ops.select import Selection
 
@@ -50,6 +52,12 @@ class CentralCritic(Algorithm):
             "central_mixer": self._make_mixer(self.config.central_mixer),
         }
 
+    @classmethod
+    def check(cls, config: AlgorithmConfig) -> None:
+        """See `Algorithm.check`."""
+        super().check(config)
+        check_choice("targets", config.targets, GREEDY_KINDS)
+
     def _has_target(self, name: str) -> bool:
         return name in ("central_agent", "central_mixer") or (name == "agent" and not self.config.double_q)
 
@@ -75,15 +83,12 @@ class CentralCritic(Algorithm):
         with torch.no_grad(), part("targets"):
             target_qs = at_actions(target_central.q, best)
             greedy_values = self.networks["target_central_mixer"](target_qs, batch.states)
-            targets = returns(
-                batch.rewards, batch.terminated, batch.mask, greedy_values,
-                gamma=c.gamma, kind=c.targets, td_lambda=c.td_lambda, n_step=c.n_step,
-            )  # fmt: skip
+            rewards, targets = self._returns(batch, greedy_values)
         with part("loss"):
             loss = td_loss(q_star, targets, batch.mask, weights=batch.weights, scale=c.loss_scale * c.central_loss).loss
         terms = {
             "central_loss": loss, "q_central": q_star, "targets": targets, "target_q_tot": greedy_values,
-            "greedy_actions": greedy,
+            "greedy_actions": greedy, "rewards": rewards,
         }  # fmt: skip
         all_greedy = chosen.all_greedy[:, :-1].unsqueeze(-1)
         return Critique(chosen, all_greedy, targets, greedy_values, loss, rest, terms)

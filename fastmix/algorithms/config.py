@@ -68,16 +68,16 @@ class AlgorithmConfig:
     mask_dead: bool = option(False, "do not attend to agents whose action is 0 (PyMARL's Qatten)")
 
     # QPLEX
-    num_kernel: int = option(4, "kernels of the importance weights")
-    adv_hypernet_layers: int = option(2, "layers of their networks: 1, 2 or 3")
-    adv_hypernet_embed: int = option(64, "hidden width of their networks")
-    is_minus_one: bool = option(True, "advantages are weighted by the importance less one")
+    num_kernel: int = option(4, "kernels of QPLEX's importance weights")
+    adv_hypernet_layers: int = option(2, "layers of QPLEX's importance networks: 1, 2 or 3")
+    adv_hypernet_embed: int = option(64, "hidden width of QPLEX's importance networks")
+    is_minus_one: bool = option(True, "QPLEX weighs advantages by their importance less one")
 
     # QTRAN
-    qtran_arch: str = option("qtran_paper", "what the joint value reads: qtran_paper (hidden states) or coma_critic")
-    network_size: str = option("small", "two (small) or three (big) hidden layers in the joint networks")
-    opt_loss: float = option(1.0, "coefficient of the loss at the greedy joint action")
-    nopt_min_loss: float = option(0.1, "coefficient of the loss at the joint action taken")
+    qtran_arch: str = option("qtran_paper", "input of QTRAN's joint value: qtran_paper (hidden states) or coma_critic")
+    network_size: str = option("small", "two (small) or three (big) hidden layers in QTRAN's joint networks")
+    opt_loss: float = option(1.0, "coefficient of QTRAN's loss at the greedy joint action")
+    nopt_min_loss: float = option(0.1, "coefficient of QTRAN's loss at the joint action taken")
 
     # central critic: CW/OW-QMIX, POWQMIX, ResQ
     central_mixer: str = option("central_ff", "mixer of the central critic: central_ff, central_atten, qmix_noabs, vdn")
@@ -98,7 +98,7 @@ class AlgorithmConfig:
     # ResQ
     residual_mixer: str = option("central_ff", "mixer of the residual: central_ff, vdn, qmix, qatten_pymarl2")
     residual_negative_abs: bool = option(True, "keep the residual below 0 by -|.|; False: by a loss (ResQ-MSE)")
-    noopt_loss: float = option(1.0, "coefficient of that loss")
+    noopt_loss: float = option(1.0, "coefficient of ResQ-MSE's loss of residuals above 0")
     condition: str = option(
         "max_action",
         "where the residual is masked: max_action (greedy joint action), max_larger (or a target above its value), "

@@ -12,9 +12,8 @@ from fastmix.algorithms import weighting
 from fastmix.algorithms.base import Algorithm
 from fastmix.algorithms.batch import EpisodeBatch
 from fastmix.algorithms.config import AlgorithmConfig
-from fastmix.algorithms.standardise import RunningMoments
 from fastmix.mixers import ActionMixer, JointValue
-from fastmix.ops import returns, select, td_loss
+from fastmix.ops import select, td_loss
 from fastmix.ops._checks import check_choice
 from fastmix.ops.select import Selection
 
@@ -32,7 +31,6 @@ class QLearning(Algorithm):
         networks: dict[str, nn.Module] = {"agent": self._make_agent()}
         if self.config.mixer != "none":
             networks["mixer"] = self._make_mixer(self.config.mixer)
-        self.reward_moments = RunningMoments(self.device) if self.config.standardise_rewards else None
         return networks
 
     @classmethod
@@ -60,11 +58,7 @@ class QLearning(Algorithm):
         with torch.no_grad(), part("targets"):
             target_q_tot = self._bootstrap(batch, target.q, chosen)
             behaviour = self._behaviour(batch, target.q) if c.targets == "q_lambda" else None
-            rewards = batch.rewards if self.reward_moments is None else self.reward_moments(batch.rewards, batch.mask)
-            targets = returns(
-                rewards, batch.terminated, batch.mask, target_q_tot, behaviour_qs=behaviour,
-                gamma=c.gamma, kind=c.targets, td_lambda=c.td_lambda, n_step=c.n_step,
-            )  # fmt: skip
+            rewards, targets = self._returns(batch, target_q_tot, behaviour)
             weights, scale = batch.weights, c.loss_scale
             if c.weighting == "none":
                 scale *= c.w_high
@@ -93,17 +87,6 @@ class QLearning(Algorithm):
         assert taken.chosen_qs is not None
         value = self._joint("mixer", taken.chosen_qs, states, actions, taken.greedy_qs).q_tot
         return {"Q_tot": value} if "mixer" in self.networks else {"sum Q_i": value.sum(-1, keepdim=True)}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """See `Algorithm.state_dict`."""
-        moments = {} if self.reward_moments is None else {"reward_moments": self.reward_moments.values}
-        return super().state_dict() | moments
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """See `Algorithm.load_state_dict`."""
-        super().load_state_dict(state)
-        if self.reward_moments is not None:
-            self.reward_moments.values.copy_(state["reward_moments"])
 
     def _joint(self, name: str, agent_qs: Tensor, states: Tensor, actions: Tensor, max_qs: Tensor) -> JointValue:
         """What the mixer ``name`` makes of utilities ``[B, T, A]``; themselves where there is no mixer."""

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from fastmix._parts import part
-from fastmix.algorithms.base import Algorithm
+from fastmix.algorithms.base import GREEDY_KINDS, Algorithm
 from fastmix.algorithms.batch import EpisodeBatch
+from fastmix.algorithms.config import AlgorithmConfig
 from fastmix.mixers import QTranBase
-from fastmix.ops import returns, select, td_loss
+from fastmix.ops import select, td_loss
+from fastmix.ops._checks import check_choice
 from fastmix.ops.recurrent import RecurrentOutput
 
 
@@ -33,6 +35,12 @@ class QTRAN(Algorithm):
 
     def _build(self) -> dict[str, nn.Module]:
         return {"agent": self._make_agent(), "mixer": self._make_mixer(self.config.mixer)}
+
+    @classmethod
+    def check(cls, config: AlgorithmConfig) -> None:
+        """See `Algorithm.check`."""
+        super().check(config)
+        check_choice("targets", config.targets, GREEDY_KINDS)
 
     def losses(self, batch: EpisodeBatch) -> dict[str, Tensor]:
         """See `Algorithm.losses`. ``q_tot`` is ``Q_jt``; also the three losses and what they are made of."""
@@ -57,10 +65,7 @@ class QTRAN(Algorithm):
         with torch.no_grad(), part("targets"):
             greedy_joint_q = net.joint_q(states, now, greedy[:, :-1])
             target_joint_q = target_net.joint_q(batch.states, target_hidden, best)
-            targets = returns(
-                batch.rewards, batch.terminated, mask, target_joint_q,
-                gamma=c.gamma, kind=c.targets, td_lambda=c.td_lambda, n_step=c.n_step,
-            )  # fmt: skip
+            rewards, targets = self._returns(batch, target_joint_q)
 
         with part("loss"):
             opt_error = chosen.greedy_qs[:, :-1].sum(-1, keepdim=True) + value
@@ -75,7 +80,7 @@ class QTRAN(Algorithm):
             "td_error": td.td_error, "opt_error": opt.td_error, "nopt_error": nopt.td_error,
             "q_tot": joint_q, "value": value, "targets": targets, "greedy_joint_q": greedy_joint_q,
             "target_q_tot": target_joint_q, "greedy_actions": greedy, "chosen_qs": chosen.chosen_qs,
-            "hidden_states": hidden,
+            "hidden_states": hidden, "rewards": rewards,
         }  # fmt: skip
 
     @torch.inference_mode()

@@ -251,6 +251,8 @@ def test_the_residual_agent_starts_as_the_agent() -> None:
         ("qplex", {"mixer": "qmix"}, "mixer must be one of 'qplex_dmaq', 'qplex_dmaq_qatten', got 'qmix'"),
         ("resq", {"mixer": "none"}, "mixer must be one of"),
         ("cw_qmix", {"weighting": "pow"}, "weighting must be one of 'cw', 'ow', 'igm', got 'pow'"),
+        ("resq", {"targets": "q_lambda"}, "targets must be one of 'one_step', 'n_step', 'td_lambda', got 'q_lambda'"),
+        ("qtran", {"targets": "q_lambda"}, "targets must be one of"),
         ("qmix", {"weighting": "pow"}, "weighting must be one of 'none', 'cw', 'ow', 'igm'"),
         ("qmix", {"w": -1.0}, "w must not be negative"),
         ("cw_qmix", {"central_loss": 0.0}, "central_loss must be positive"),
