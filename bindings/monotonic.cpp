@@ -139,7 +139,7 @@ void register_cuda(py::module_& m) {
                                             buffer<const float>(activations, s.rows, "activations"),
                                             pointer<float>(grad_agent_qs, 0, "grad_agent_qs"),
                                             buffer<float>(grad_activations, s.rows, "grad_activations"),
-                                            buffer<uint32_t>(signs, s.rows, "signs")};
+                                            buffer<uint32_t>(signs, 0, "signs")};
           raise(monotonic_backward_rows_cuda(p, reinterpret_cast<void*>(stream)));
         });
 }

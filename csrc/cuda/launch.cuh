@@ -15,9 +15,10 @@ struct Device {
       capability;  // shared_memory: bytes a block may ask for; capability: 9.0 is 90
 };
 
+constexpr int kMostDevices = 64;  // that are told apart
+
 // Of the current device; asked for once, as each question costs a good part of a launch.
 inline const Device& current_device() {
-  constexpr int kMostDevices = 64;
   static thread_local Device known[kMostDevices] = {};
   int index = 0;
   cudaGetDevice(&index);
