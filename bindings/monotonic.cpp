@@ -22,10 +22,15 @@ MonotonicShape shape(const Sizes& sizes, int positivity, double beta, int thread
   return {rows, agents, embed, hidden, state_dim, static_cast<Positivity>(positivity), beta, threads};
 }
 
+// Rows whose groups follow each other evenly come as one group.
 template <class T>
 StridedRows<T> strided(const Rows& rows, int64_t count, const char* name) {
-  check(rows[1] >= 1 || count == 0, "rows must come in groups of at least one");
-  return {pointer<const T>(static_cast<Address>(rows[0]), count, name), rows[1], rows[2], rows[3], rows[4]};
+  const auto [address, inner, outer_stride, inner_stride, column_stride] = rows;
+  check(inner >= 1 || count == 0, "rows must come in groups of at least one");
+  const auto* data = pointer<const T>(static_cast<Address>(address), count, name);
+  if (inner == 1 && count > 1) return {data, count, 0, outer_stride, column_stride};
+  if (inner < 1 || outer_stride == inner * inner_stride) return {data, count + 1, 0, inner_stride, column_stride};
+  return {data, inner, outer_stride, inner_stride, column_stride};
 }
 
 template <class T>
@@ -102,10 +107,36 @@ T* buffer(Address address, int64_t elements, const char* name) {
   return pointer<T>(address, elements, name);
 }
 
+// Gradients that lie one behind the other, in the order of the parameters.
+Addresses addresses_from(Address first, const MonotonicCudaShape& s) {
+  const int64_t hidden = s.hidden * s.state_dim, direct = s.embed * s.state_dim, generated = s.agents * s.embed;
+  const std::array<int64_t, 14> sizes = {hidden,
+                                         s.hidden,
+                                         generated * s.hidden,
+                                         generated,
+                                         hidden,
+                                         s.hidden,
+                                         s.embed * s.hidden,
+                                         s.embed,
+                                         direct,
+                                         s.embed,
+                                         direct,
+                                         s.embed,
+                                         s.embed,
+                                         1};
+  Addresses result;
+  for (size_t i = 0; i < result.size(); ++i) {
+    result[i] = first;
+    first += static_cast<Address>(sizes[i]) * sizeof(float);
+  }
+  return result;
+}
+
 // The last argument is the stream, a cudaStream_t as an integer.
 void register_cuda(py::module_& m) {
   m.def(
-      "monotonic_packed", [](int64_t agents, int64_t state_dim) { return monotonic_packed(agents, state_dim).total; },
+      "monotonic_packed_cuda",
+      [](int64_t agents, int64_t state_dim) { return monotonic_packed(agents, state_dim).total; },
       "Floats of packed parameters.");
   m.def("monotonic_pack_cuda",
         [](const Addresses& parameters, Address packed, const Sizes& sizes, bool full_precision, Address stream) {
@@ -141,6 +172,31 @@ void register_cuda(py::module_& m) {
                                             buffer<float>(grad_activations, s.rows, "grad_activations"),
                                             buffer<uint32_t>(signs, 0, "signs")};
           raise(monotonic_backward_rows_cuda(p, reinterpret_cast<void*>(stream)));
+        });
+  m.def(
+      "monotonic_parts_cuda",
+      [](const Sizes& sizes, bool full_precision, Address) {
+        return monotonic_parts_cuda(cuda_shape(shape(sizes, 0, 1, 1), full_precision));
+      },
+      "Floats that monotonic_backward_weights_cuda works with on the current device.");
+  m.def("monotonic_backward_weights_cuda",
+        [](const Rows& agent_qs, const Rows& states, Address grad_q_tot, Address activations, Address grad_activations,
+           Address signs, Address parts, int64_t parts_size, Address gradients, const Sizes& sizes, int positivity,
+           bool full_precision, Address stream) {
+          const MonotonicShape s = shape(sizes, positivity, 1, 1);
+          const MonotonicCudaShape on_cuda = cuda_shape(s, full_precision);
+          check(states[4] == 1, "states must be dense in their last dimension");
+          check(parts_size >= monotonic_parts_cuda(on_cuda), "parts are too few for this device");
+          const MonotonicBackwardWeightsCuda p{on_cuda,
+                                               strided<float>(agent_qs, s.rows, "agent_qs"),
+                                               strided<float>(states, s.rows, "states"),
+                                               pointer<const float>(grad_q_tot, s.rows, "grad_q_tot"),
+                                               buffer<const float>(activations, s.rows, "activations"),
+                                               buffer<const float>(grad_activations, s.rows, "grad_activations"),
+                                               buffer<const uint32_t>(signs, s.rows, "signs"),
+                                               buffer<float>(parts, parts_size, "parts"),
+                                               weights<float>(addresses_from(gradients, on_cuda), s)};
+          raise(monotonic_backward_weights_cuda(p, reinterpret_cast<void*>(stream)));
         });
 }
 #endif

@@ -19,10 +19,11 @@ Strided<T> operand(Address address, const py::tuple& strides, int64_t elements, 
 }
 
 template <class T>
-void forward(const py::tuple& sizes, Address qs, const py::tuple& qs_strides, Address targets,
-             const py::tuple& targets_strides, Address mask, const py::tuple& mask_strides, Address weights,
-             const py::tuple& weights_strides, Address residual, const py::tuple& residual_strides, double scale,
-             bool has_normaliser, double normaliser, Address loss, Address td_error, Address grad, int threads) {
+TDLossForward<T> forward_params(const py::tuple& sizes, Address qs, const py::tuple& qs_strides, Address targets,
+                                const py::tuple& targets_strides, Address mask, const py::tuple& mask_strides,
+                                Address weights, const py::tuple& weights_strides, Address residual,
+                                const py::tuple& residual_strides, double scale, Address normaliser, Address loss,
+                                Address td_error, Address grad) {
   TDLossForward<T> p{};
   three(sizes, p.sizes, "qs");
   check(p.sizes[0] >= 0 && p.sizes[1] >= 0 && p.sizes[2] >= 0, "sizes must not be negative");
@@ -33,21 +34,48 @@ void forward(const py::tuple& sizes, Address qs, const py::tuple& qs_strides, Ad
   p.weights = operand<T>(weights, weights_strides, 0, "weights");
   p.residual = operand<T>(residual, residual_strides, 0, "residual");
   p.scale = scale;
-  p.has_normaliser = has_normaliser;
-  p.normaliser = normaliser;
+  p.normaliser = pointer<const T>(normaliser, 0, "normaliser");
   p.loss = pointer<T>(loss, 1, "loss");
   p.td_error = pointer<T>(td_error, elements, "td_error");
   p.grad = pointer<T>(grad, 0, "grad");
-  p.threads = threads;
-  py::gil_scoped_release release;
-  FASTMIX_DISPATCH(td_loss_forward, p);
+  return p;
+}
+
+#if defined(FASTMIX_CUDA)
+template <class T>
+TDLossBackward<T> backward_params(int64_t size, Address grad, Address slope, Address grad_loss, Address grad_qs) {
+  check(size >= 0, "size must not be negative");
+  return {size, pointer<const T>(grad, size, "grad"), pointer<const T>(slope, 1, "slope"),
+          pointer<const T>(grad_loss, 1, "grad_loss"), pointer<T>(grad_qs, size, "grad_qs")};
+}
+#endif
+
+template <class T>
+void register_dtype(py::module_& m, const std::string& dtype) {
+  m.def(("td_loss_forward_" + dtype).c_str(), on_cpu(&forward_params<T>, [](const TDLossForward<T>& p) {
+          py::gil_scoped_release release;
+          FASTMIX_DISPATCH(td_loss_forward, p);
+        }));
+#if defined(FASTMIX_CUDA)
+  m.def(("td_loss_forward_cuda_" + dtype).c_str(),
+        on_cuda<Address, Address, int64_t>(
+            "td_loss", &forward_params<T>,
+            [](const TDLossForward<T>& p, Address slope, Address parts, int64_t n_parts, void* stream) {
+              check(n_parts >= 2, "there must be at least two parts");
+              return td_loss_forward_cuda(p, pointer<T>(slope, 1, "slope"), pointer<double>(parts, n_parts, "parts"),
+                                          n_parts, stream);
+            }));
+  m.def(("td_loss_backward_cuda_" + dtype).c_str(),
+        on_cuda<>("td_loss", &backward_params<T>,
+                  [](const TDLossBackward<T>& p, void* stream) { return td_loss_backward_cuda(p, stream); }));
+#endif
 }
 
 }  // namespace
 
 void register_td_loss(py::module_& m) {
-  m.def("td_loss_forward_float32", &forward<float>);
-  m.def("td_loss_forward_float64", &forward<double>);
+  register_dtype<float>(m, "float32");
+  register_dtype<double>(m, "float64");
 }
 
 }  // namespace fastmix::bindings

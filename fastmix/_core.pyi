@@ -69,6 +69,36 @@ def monotonic_backward(
     arg13: int,
     /,
 ) -> None: ...
+def monotonic_backward_rows_cuda(
+    arg0: Sequence[int],
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: Sequence[int],
+    arg8: int,
+    arg9: bool,
+    arg10: int,
+    /,
+) -> None: ...
+def monotonic_backward_weights_cuda(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: Sequence[int],
+    arg10: int,
+    arg11: bool,
+    arg12: int,
+    /,
+) -> None: ...
 def monotonic_forward(
     arg0: Sequence[int],
     arg1: Sequence[int],
@@ -83,12 +113,31 @@ def monotonic_forward(
     arg10: int,
     /,
 ) -> None: ...
+def monotonic_forward_cuda(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: Sequence[int],
+    arg6: int,
+    arg7: bool,
+    arg8: int,
+    /,
+) -> None: ...
+def monotonic_pack_cuda(arg0: Sequence[int], arg1: int, arg2: Sequence[int], arg3: bool, arg4: int, /) -> None: ...
+def monotonic_packed_cuda(arg0: int, arg1: int, /) -> int:
+    """Floats of packed parameters."""
+
+def monotonic_parts_cuda(arg0: Sequence[int], arg1: bool, arg2: int, /) -> int:
+    """Floats that monotonic_backward_weights_cuda works with on the current device."""
+
 def monotonic_saved(arg0: int, arg1: int, arg2: int, arg3: bool, /) -> tuple[int, int, int]:
     """Multiple to which saved rows are padded, columns of `activations`, bytes of `signs` in a row."""
 
 openmp: bool
 
-def optimise(
+def optimise_cuda_float32(
     arg0: Sequence[int],
     arg1: Sequence[int],
     arg2: Sequence[int],
@@ -103,8 +152,65 @@ def optimise(
     arg11: float,
     arg12: float,
     arg13: float,
-    arg14: bool,
+    arg14: int,
     arg15: int,
+    arg16: int,
+    /,
+) -> None: ...
+def optimise_cuda_float64(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: int,
+    arg6: bool,
+    arg7: int,
+    arg8: float,
+    arg9: float,
+    arg10: float,
+    arg11: float,
+    arg12: float,
+    arg13: float,
+    arg14: int,
+    arg15: int,
+    arg16: int,
+    /,
+) -> None: ...
+def optimise_float32(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: int,
+    arg6: bool,
+    arg7: int,
+    arg8: float,
+    arg9: float,
+    arg10: float,
+    arg11: float,
+    arg12: float,
+    arg13: float,
+    arg14: int,
+    /,
+) -> None: ...
+def optimise_float64(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: int,
+    arg6: bool,
+    arg7: int,
+    arg8: float,
+    arg9: float,
+    arg10: float,
+    arg11: float,
+    arg12: float,
+    arg13: float,
+    arg14: int,
     /,
 ) -> None: ...
 def recurrent_backward(
@@ -286,6 +392,36 @@ def returns_forward_float64(
     arg14: int,
     /,
 ) -> None: ...
+def select_backward_cuda_float32(
+    arg0: tuple,
+    arg1: int,
+    arg2: tuple,
+    arg3: int,
+    arg4: tuple,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: tuple,
+    arg9: int,
+    arg10: float,
+    arg11: int,
+    /,
+) -> None: ...
+def select_backward_cuda_float64(
+    arg0: tuple,
+    arg1: int,
+    arg2: tuple,
+    arg3: int,
+    arg4: tuple,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: tuple,
+    arg9: int,
+    arg10: float,
+    arg11: int,
+    /,
+) -> None: ...
 def select_backward_float32(
     arg0: tuple,
     arg1: int,
@@ -316,6 +452,52 @@ def select_backward_float64(
     arg11: int,
     /,
 ) -> None: ...
+def select_forward_cuda_float32(
+    arg0: tuple,
+    arg1: int,
+    arg2: tuple,
+    arg3: int,
+    arg4: tuple,
+    arg5: int,
+    arg6: int,
+    arg7: tuple,
+    arg8: int,
+    arg9: tuple,
+    arg10: int,
+    arg11: tuple,
+    arg12: int,
+    arg13: int,
+    arg14: int,
+    arg15: int,
+    arg16: int,
+    arg17: float,
+    arg18: int,
+    arg19: int,
+    /,
+) -> None: ...
+def select_forward_cuda_float64(
+    arg0: tuple,
+    arg1: int,
+    arg2: tuple,
+    arg3: int,
+    arg4: tuple,
+    arg5: int,
+    arg6: int,
+    arg7: tuple,
+    arg8: int,
+    arg9: tuple,
+    arg10: int,
+    arg11: tuple,
+    arg12: int,
+    arg13: int,
+    arg14: int,
+    arg15: int,
+    arg16: int,
+    arg17: float,
+    arg18: int,
+    arg19: int,
+    /,
+) -> None: ...
 def select_forward_float32(
     arg0: tuple,
     arg1: int,
@@ -337,7 +519,7 @@ def select_forward_float32(
     arg17: float,
     arg18: int,
     /,
-) -> tuple: ...
+) -> tuple[int, int]: ...
 def select_forward_float64(
     arg0: tuple,
     arg1: int,
@@ -359,7 +541,55 @@ def select_forward_float64(
     arg17: float,
     arg18: int,
     /,
-) -> tuple: ...
+) -> tuple[int, int]: ...
+def td_loss_backward_cuda_float32(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: int, /) -> None: ...
+def td_loss_backward_cuda_float64(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: int, /) -> None: ...
+def td_loss_forward_cuda_float32(
+    arg0: tuple,
+    arg1: int,
+    arg2: tuple,
+    arg3: int,
+    arg4: tuple,
+    arg5: int,
+    arg6: tuple,
+    arg7: int,
+    arg8: tuple,
+    arg9: int,
+    arg10: tuple,
+    arg11: float,
+    arg12: int,
+    arg13: int,
+    arg14: int,
+    arg15: int,
+    arg16: int,
+    arg17: int,
+    arg18: int,
+    arg19: int,
+    /,
+) -> None: ...
+def td_loss_forward_cuda_float64(
+    arg0: tuple,
+    arg1: int,
+    arg2: tuple,
+    arg3: int,
+    arg4: tuple,
+    arg5: int,
+    arg6: tuple,
+    arg7: int,
+    arg8: tuple,
+    arg9: int,
+    arg10: tuple,
+    arg11: float,
+    arg12: int,
+    arg13: int,
+    arg14: int,
+    arg15: int,
+    arg16: int,
+    arg17: int,
+    arg18: int,
+    arg19: int,
+    /,
+) -> None: ...
 def td_loss_forward_float32(
     arg0: tuple,
     arg1: int,
@@ -373,12 +603,11 @@ def td_loss_forward_float32(
     arg9: int,
     arg10: tuple,
     arg11: float,
-    arg12: bool,
-    arg13: float,
+    arg12: int,
+    arg13: int,
     arg14: int,
     arg15: int,
     arg16: int,
-    arg17: int,
     /,
 ) -> None: ...
 def td_loss_forward_float64(
@@ -394,12 +623,11 @@ def td_loss_forward_float64(
     arg9: int,
     arg10: tuple,
     arg11: float,
-    arg12: bool,
-    arg13: float,
+    arg12: int,
+    arg13: int,
     arg14: int,
     arg15: int,
     arg16: int,
-    arg17: int,
     /,
 ) -> None: ...
 def workspace_clear() -> None:

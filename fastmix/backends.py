@@ -24,14 +24,21 @@ NAMES: Final = ("reference", "native", "triton")
 # op -> device -> backends, the preferred one first. "native" is the compiled core, "reference" is plain PyTorch and is
 # always possible. Source of the order: the op tables of `fastmix bench ops` (benchmarks/results/).
 TABLE: Final[dict[str, dict[str, tuple[str, ...]]]] = {
-    op: {"cpu": ("native", "reference"), "cuda": ("native", "reference") if op == "returns" else ("reference",)}
+    op: {"cpu": ("native", "reference"), "cuda": ("reference",) if op == "recurrent" else ("native", "reference")}
     for op in ("select", "returns", "recurrent", "monotonic", "td_loss", "optimise")
 }
 # On the CPU Triton only interprets, for tests; it is never chosen there.
-TABLE["monotonic"] = {"cpu": ("native", "reference", "triton"), "cuda": ("triton", "reference")}
+TABLE["monotonic"] = {"cpu": ("native", "reference", "triton"), "cuda": ("native", "triton", "reference")}
 
 NATIVE_DTYPES: Final = (torch.float32, torch.float64)
 TRITON_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
+# Of native kernels on CUDA that multiply on the matrix units: they have float32 only, from compute capability 8.0 on.
+MATRIX_OPS: Final = ("monotonic",)
+
+
+class UnavailableError(RuntimeError):
+    """The backend that the user chose cannot run this op on this device, dtype or size."""
+
 
 _chosen: str | None = None  # by backend(); a plain global, which torch.compile guards on
 
@@ -55,7 +62,8 @@ def resolve(op: str, tensor: torch.Tensor, explicit: str | None = None, *, nativ
 
     Raises:
         ValueError: an unknown backend name.
-        RuntimeError: the user's choice cannot run this op on this device and dtype, with the reason.
+        UnavailableError: the user's choice cannot run this op on this device and dtype, or this very call, with the
+            reason.
     """
     return _resolve(op, tensor.device.type, tensor.dtype, explicit or _chosen, native_limit)
 
@@ -81,6 +89,14 @@ def cuda_problem() -> str | None:
 
 
 @cache
+def matrix_problem() -> str | None:
+    """Why products of ours cannot run on this GPU, or None where they can or where there is none to ask."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "its products need a GPU of compute capability 8.0 or newer"
+    return None
+
+
+@cache
 def triton_problem(device: str) -> str | None:
     """Why Triton kernels cannot run on ``device``, or None when they can; does not import Triton."""
     if importlib.util.find_spec("triton") is None:
@@ -90,9 +106,7 @@ def triton_problem(device: str) -> str | None:
         return None if interpreted else "Triton runs on the CPU only in its interpreter (TRITON_INTERPRET=1)"
     if interpreted:
         return "TRITON_INTERPRET=1 is set, and Triton's interpreter runs on the CPU"
-    if device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-        return "its products need a GPU of compute capability 8.0 or newer"
-    return None
+    return matrix_problem() if device == "cuda" else None
 
 
 def available(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
@@ -118,7 +132,7 @@ def _decide(op: str, device: str, dtype: torch.dtype, chosen: str | None, native
     if chosen is not None:
         reason = obstacle(_known(chosen, "backend"))
         if reason:
-            raise RuntimeError(f"backend {chosen!r} was asked for, but {reason}")
+            raise UnavailableError(f"backend {chosen!r} was asked for, but {reason}")
         return chosen
     for name in TABLE[op].get(device, ("reference",)):
         reason = obstacle(name)
@@ -134,12 +148,17 @@ def _obstacle(op: str, name: str, device: str, dtype: torch.dtype) -> str | None
         return None
     if name not in TABLE[op].get(device, ()):
         return f"{op} has no {name!r} backend on device {device!r}"
-    dtypes = TRITON_DTYPES if name == "triton" else NATIVE_DTYPES
+    on_matrix_units = name == "native" and device == "cuda" and op in MATRIX_OPS
+    dtypes = TRITON_DTYPES if name == "triton" else NATIVE_DTYPES[:1] if on_matrix_units else NATIVE_DTYPES
     if dtype not in dtypes:
         return f"{op} on {name!r} takes {' or '.join(map(str, dtypes))}, got {dtype}"
     if name == "triton":
         return triton_problem(device)
-    return core_problem() or (cuda_problem() if device == "cuda" else None)
+    return (
+        core_problem()
+        or (cuda_problem() if device == "cuda" else None)
+        or (matrix_problem() if on_matrix_units else None)
+    )
 
 
 def _known(name: str, argument: str) -> str:

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -130,6 +131,10 @@ class Rule:
         with fastmix.backend(setting.backend), poisoned_allocations():
             try:
                 self.check(golden, setting)
+            except backends.UnavailableError as reason:
+                if setting.device == "cpu":
+                    raise
+                pytest.skip(str(reason))  # on CUDA native kernels do not take every network
             except AssertionError:
                 if setting.dtype == torch.float64:
                     raise

@@ -30,7 +30,7 @@ double sum_of_squares(const T* x, int64_t size) {
 }
 
 template <class T>
-void update(const Optimise<T>& p, int64_t index, int64_t begin, int64_t end, T scale) {
+void update(const Optimise<T>& p, int64_t index, int64_t begin, int64_t end, T scale, double step) {
   T* __restrict parameter = p.parameters[index];
   const T* __restrict grad = p.grads[index];
   T* __restrict square = p.squares[index];
@@ -39,8 +39,8 @@ void update(const Optimise<T>& p, int64_t index, int64_t begin, int64_t end, T s
   const T penalty = static_cast<T>(p.weight_decay);
   if (p.adam) {
     const T keep = static_cast<T>(1 - p.beta1);
-    const T size = static_cast<T>(p.lr / (1 - std::pow(p.beta1, static_cast<double>(p.step))));
-    const T unbias = static_cast<T>(1 / std::sqrt(1 - std::pow(p.beta2, static_cast<double>(p.step))));
+    const T size = static_cast<T>(p.lr / (1 - std::pow(p.beta1, step)));
+    const T unbias = static_cast<T>(1 / std::sqrt(1 - std::pow(p.beta2, step)));
     for (int64_t i = begin; i < end; ++i) {
       const T g = grad[i] * scale + penalty * parameter[i];
       mean[i] += keep * (g - mean[i]);
@@ -59,6 +59,7 @@ void update(const Optimise<T>& p, int64_t index, int64_t begin, int64_t end, T s
 
 template <class T>
 void run(const Optimise<T>& p) {
+  const auto step = static_cast<double>(++*p.steps);
   double total = 0;
   int64_t numbers = 0;
   for (int64_t i = 0; i < p.count; ++i) {
@@ -75,7 +76,7 @@ void run(const Optimise<T>& p) {
     for (int64_t i = 0; i < p.count && offset < end; offset += p.sizes[i], ++i) {
       const int64_t first = begin > offset ? begin - offset : 0;
       const int64_t last = end - offset < p.sizes[i] ? end - offset : p.sizes[i];
-      if (first < last) update(p, i, first, last, scale);
+      if (first < last) update(p, i, first, last, scale, step);
     }
   });
 }

@@ -137,8 +137,9 @@ void forward(TDLossForward<T> p) {
     p.sizes[0] = 1;
   }
   const Sizes sizes{p.sizes[0], p.sizes[1], p.sizes[2]};
-  const double total = p.has_normaliser ? p.normaliser : sum_mask(p, sizes);
-  const bool nothing = !p.has_normaliser && total == 0;
+  const bool own = p.normaliser == nullptr;
+  const double total = own ? sum_mask(p, sizes) : static_cast<double>(*p.normaliser);
+  const bool nothing = own && total == 0;
   const double factor = nothing ? 0 : p.scale / total;
   const T slope = static_cast<T>(2 * factor);
   const double squares =

@@ -141,9 +141,23 @@ struct MonotonicBackwardRowsCuda : MonotonicCudaShape {
   uint32_t* signs;
 };
 
+// The gradients of the weights, once those of the rows are there.
+struct MonotonicBackwardWeightsCuda : MonotonicCudaShape {
+  StridedRows<float> agent_qs, states;
+  const float* grad_q_tot;
+  const float* activations;
+  const float* grad_activations;
+  const uint32_t* signs;              // read with Positivity::abs
+  float* parts;                       // [monotonic_parts_cuda(shape)], to work with
+  MonotonicWeights<float> gradients;  // all wanted
+};
+
 // Queued on `stream` (a cudaStream_t) of the current device; null, or what the launch failed with.
 const char* monotonic_pack_cuda(const MonotonicPackCuda& p, void* stream);
 const char* monotonic_forward_cuda(const MonotonicForwardCuda& p, void* stream);
 const char* monotonic_backward_rows_cuda(const MonotonicBackwardRowsCuda& p, void* stream);
+const char* monotonic_backward_weights_cuda(const MonotonicBackwardWeightsCuda& p, void* stream);
+
+int64_t monotonic_parts_cuda(const MonotonicCudaShape& s);  // floats, on the current device
 
 }  // namespace fastmix

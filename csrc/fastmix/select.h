@@ -62,4 +62,13 @@ FASTMIX_DECLARE(SelectFaults select_forward(const SelectForward<double>& p))
 FASTMIX_DECLARE(void select_backward(const SelectBackward<float>& p))
 FASTMIX_DECLARE(void select_backward(const SelectBackward<double>& p))
 
+// The same on the current CUDA device, queued on `stream` (a cudaStream_t); null, or what the launch failed with.
+// `threads` has no meaning there. Two numbers at `faults`, larger than any row to begin with, become the first row in
+// which nothing is available though the mask asks for it, and the first one with an action out of range. Without
+// `faults` there must be no mask, and an action out of range is an assertion of the device.
+const char* select_forward_cuda(const SelectForward<float>& p, int64_t* faults, void* stream);
+const char* select_forward_cuda(const SelectForward<double>& p, int64_t* faults, void* stream);
+const char* select_backward_cuda(const SelectBackward<float>& p, void* stream);
+const char* select_backward_cuda(const SelectBackward<double>& p, void* stream);
+
 }  // namespace fastmix

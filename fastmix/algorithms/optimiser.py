@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmix import backends
+from fastmix.ops import _library
+
+_run = _library.CoreFunction("optimise")
+_PARTS = 1024
+"""Partial sums of the norm on CUDA, as many as blocks share the pass, apart from one for each parameter"""
 
 
 class Optimiser:
     """RMSprop or Adam with one joint clip of the gradient norm, as one pass over all parameters.
 
     The same arithmetic as ``clip_grad_norm_`` followed by `torch.optim.RMSprop` or `torch.optim.Adam`; a parameter
-    whose gradient is None is left alone, its state too. On the CPU the pass is native: a dozen small tensors cost one
-    call, not six apiece.
+    whose gradient is None is left alone, its state too. The pass is native where it can be: a dozen small tensors cost
+    one call, not six apiece. On CUDA nothing of it is kept by the host, so that a CUDA graph can hold it: the count of
+    steps and the norm stay on the device.
 
     Args:
         parameters: what is optimised, all of one dtype and device.
@@ -48,7 +55,8 @@ class Optimiser:
         self.weight_decay, self.clip = weight_decay, clip
         self.squares = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in self.parameters]
         self.means = [torch.zeros_like(s) for s in self.squares] if kind == "adam" else []
-        self.steps = 0
+        device = self.parameters[0].device if self.parameters else None
+        self.steps = torch.zeros((), dtype=torch.int64, device=device)
         self._native = bool(self.parameters) and backends.resolve("optimise", self.parameters[0]) == "native"
 
     def zero_grad(self) -> None:
@@ -65,14 +73,15 @@ class Optimiser:
         """
         if self._native:
             self._check_native()
+            return self._step_native()
         self.steps += 1
-        return self._step_native() if self._native else self._step_reference()
+        return self._step_reference()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Running moments and the step count."""
         state = {f"square.{i}": s for i, s in enumerate(self.squares)}
         state |= {f"mean.{i}": m for i, m in enumerate(self.means)}
-        return state | {"steps": torch.tensor(self.steps)}
+        return state | {"steps": self.steps}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -84,30 +93,31 @@ class Optimiser:
         mine = self.state_dict()
         if mine.keys() != state.keys() or any(mine[k].shape != state[k].shape for k in mine):
             raise ValueError(f"optimiser state must be {len(mine)} tensors that fit the parameters, got {len(state)}")
-        for name in mine.keys() - {"steps"}:
-            mine[name].copy_(state[name])
-        self.steps = int(state["steps"])
+        for name, tensor in mine.items():
+            tensor.copy_(state[name])
 
     def _step_native(self) -> Tensor:
-        from fastmix import _core
-
         first = self.parameters[0]
-        norm = torch.empty((), dtype=first.dtype)
+        norm = torch.empty((), dtype=first.dtype, device=first.device)
         with_grad = [i for i, p in enumerate(self.parameters) if p.grad is not None]
         parameters = [self.parameters[i] for i in with_grad]
         # Gradients of transposed or expanded results may come with strides; the pass runs over dense memory.
         grads = [p.grad.contiguous() for p in parameters if p.grad is not None]
-        _core.optimise(
+        args = (
             [p.data_ptr() for p in parameters],
             [g.data_ptr() for g in grads],
             [self.means[i].data_ptr() for i in with_grad] if self.means else [],
             [self.squares[i].data_ptr() for i in with_grad],
             [p.numel() for p in parameters],
             norm.data_ptr(),
-            self.kind == "adam", self.steps, self.lr, *(self.BETAS if self.kind == "adam" else (0.0, self.alpha)),
-            self.eps, self.weight_decay, self.clip,
-            first.dtype == torch.float64, torch.get_num_threads(),
+            self.kind == "adam", self.steps.data_ptr(), self.lr,
+            *(self.BETAS if self.kind == "adam" else (0.0, self.alpha)), self.eps, self.weight_decay, self.clip,
         )  # fmt: skip
+        if _library.on_cuda(first):
+            parts = torch.empty(_PARTS + len(parameters), dtype=torch.float64, device=first.device)
+            _run(first, *args, parts.data_ptr(), parts.numel())
+        else:
+            _run(first, *args)
         torch.autograd.graph.increment_version(parameters)  # the core wrote behind autograd's back; caches watch this
         return norm
 
@@ -124,7 +134,7 @@ class Optimiser:
     def _step_reference(self) -> Tensor:
         with_grad = [i for i, p in enumerate(self.parameters) if p.grad is not None]
         if not with_grad:
-            return torch.zeros(())
+            return torch.zeros((), device=self.steps.device)
         parameters = [self.parameters[i] for i in with_grad]
         squares = [self.squares[i] for i in with_grad]
         grads = [p.grad for p in parameters if p.grad is not None]
@@ -140,8 +150,16 @@ class Optimiser:
         if self.kind == "adam":
             updates = [self.means[i] for i in with_grad]
             torch._foreach_lerp_(updates, grads, 1 - self.BETAS[0])
-            size /= 1 - self.BETAS[0] ** self.steps
-            torch._foreach_div_(denominators, (1 - self.BETAS[1] ** self.steps) ** 0.5)
+            steps = self._steps_as_factor()
+            size, root = size / (1 - self.BETAS[0] ** steps), (1 - self.BETAS[1] ** steps) ** 0.5
+            if isinstance(size, Tensor):
+                updates, size = list(torch._foreach_mul(updates, size.to(norm.dtype))), 1.0
+                root = root.to(norm.dtype)
+            torch._foreach_div_(denominators, root)
         torch._foreach_add_(denominators, self.eps)
         torch._foreach_addcdiv_(parameters, updates, denominators, -size)
         return norm
+
+    def _steps_as_factor(self) -> Any:
+        """The count of steps; on CUDA as a tensor, which a CUDA graph reads afresh at every replay."""
+        return self.steps.double() if self.steps.is_cuda else int(self.steps)

@@ -115,7 +115,7 @@ class CoreFunction:
         self.on_cpu, self.on_cuda = _ByDtype(name), _ByDtype(f"{name}_cuda")
 
     def __call__(self, like: Tensor, *args: Any) -> Any:
-        if like.is_cuda:
+        if on_cuda(like):
             return queue_on(like.device, self.on_cuda[like.dtype], *args)
         return self.on_cpu[like.dtype](*args, torch.get_num_threads())
 
@@ -135,6 +135,11 @@ class _ByDtype(dict[torch.dtype, Callable[..., Any]]):
         return function
 
 
+def on_cuda(tensor: Tensor) -> bool:
+    """Whether the core's CUDA kernels take ``tensor``; tests without a GPU say yes and put emulated kernels there."""
+    return tensor.is_cuda
+
+
 def queue_on(device: torch.device, function: Callable[..., Any], *args: Any) -> Any:
     """Call a CUDA ``function`` of the core on ``device``, with torch's current stream there as its last argument.
 
@@ -144,6 +149,14 @@ def queue_on(device: torch.device, function: Callable[..., Any], *args: Any) -> 
         return function(*args, torch._C._cuda_getCurrentRawStream(device.index))
     with torch.cuda.device(device):
         return function(*args, torch._C._cuda_getCurrentRawStream(device.index))
+
+
+def matmul_precision() -> str:
+    """What `torch.set_float32_matmul_precision` was given; how kernels on CUDA multiply follows it."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # set through torch.backends.cuda.matmul.fp32_precision, which the older call cannot read
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
 
 
 def wants_grad(tensors: Sequence[Any]) -> bool:

@@ -25,7 +25,7 @@ from unittest import mock
 import pytest
 
 from fastmix.backends import NATIVE_DTYPES
-from fastmix.ops._library import CoreFunction
+from fastmix.ops import _library
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -45,6 +45,7 @@ def rewrite(source: str) -> str:
         ValueError: a launch or a ``__shared__`` declaration of a form that is not understood (one name each).
     """
     source = _LAUNCH.sub(r"::emulation::launch(::emulation::config(\2), [&] { \1(\3); });", source)
+    source = re.sub(r"\bassert\(", "emulated_assert(", source)
     source = _DYNAMIC.sub(r"\1* const \2 = reinterpret_cast<\1*>(::emulation::dynamic_shared());", source)
     source = _STATIC.sub(_shared, source)
     code = re.sub(r"//[^\n]*", "", source)
@@ -60,20 +61,22 @@ def _shared(match: re.Match[str]) -> str:
     return f"{declared} auto& {name} = ::emulation::static_shared<{name}_shared>(&{name}_key).value;"
 
 
-def compile_library(folder: Path, kernels: Path, sources: Sequence[Path] = (), flags: Sequence[str] = ()) -> Path:
-    """A shared library of one ``.cu`` file and further C++ ``sources``; skips the test where there is no compiler."""
+def compile_library(folder: Path, *kernels: Path, sources: Sequence[Path] = (), flags: Sequence[str] = ()) -> Path:
+    """A shared library of ``.cu`` files and further C++ ``sources``; skips the test where there is no compiler."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler to emulate the CUDA kernels with")
     (folder / "cuda").mkdir()
-    for file in {kernels, *(ROOT / "csrc" / "cuda").iterdir()}:  # kernels share headers
+    for file in {*kernels, *(ROOT / "csrc" / "cuda").iterdir()}:  # kernels share headers
         (folder / "cuda" / file.name).write_text(f'#line 1 "{file}"\n' + rewrite(file.read_text()))
-    unit, library = folder / f"{kernels.stem}_emulated.cpp", folder / f"{kernels.stem}.so"
-    unit.write_text(f'#include "{HERE / "emulation.h"}"\n#include "cuda/{kernels.name}"\n')
+    units = [folder / f"{file.stem}_emulated.cpp" for file in kernels]
+    for unit, file in zip(units, kernels, strict=True):
+        unit.write_text(f'#include "{HERE / "emulation.h"}"\n#include "cuda/{file.name}"\n')
+    library = folder / "emulated.so"
     # -U_FORTIFY_SOURCE: with it the C library refuses to jump between stacks.
     command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-ffp-contract=fast"]
     command += [f"-I{folder}", f"-I{ROOT / 'csrc'}", "-DFASTMIX_ISA=cuda", "-Wl,-z,lazy", *flags]
-    subprocess.run([*command, str(unit), *map(str, sources), "-o", str(library)], check=True)
+    subprocess.run([*command, *map(str, [*units, *sources]), "-o", str(library)], check=True)
     return library
 
 
@@ -81,28 +84,28 @@ def compile_library(folder: Path, kernels: Path, sources: Sequence[Path] = (), f
 def core(op: str) -> ModuleType:
     """The bindings of ``op`` as in a core with CUDA, on emulated kernels. Of its CPU functions only names are there.
 
-    ``descending(True)`` makes the threads of a block run in the opposite order.
+    ``descending(True)`` makes the threads of a block run in the opposite order, ``device(1)`` is a GPU with less shared
+    memory and more multiprocessors.
     """
     pybind11 = pytest.importorskip("pybind11", reason="the emulated kernels are called through the bindings")
     folder = Path(tempfile.mkdtemp(prefix=f"fastmix-{op}-"))
     name = f"emulated_{op}"
     module = folder / "module.cpp"
     module.write_text(
-        f"""#include <pybind11/pybind11.h>
-namespace fastmix::bindings {{
-void register_{op}(pybind11::module_& m);
-}}
+        f"""#include "{ROOT}/bindings/{op}.cpp"
 extern "C" void emulation_descending(bool on);
+extern "C" void emulation_device(int index);
 PYBIND11_MODULE({name}, m) {{
   fastmix::bindings::register_{op}(m);
   m.def("descending", &emulation_descending);
+  m.def("device", &emulation_device);
 }}
 """
     )
-    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", f"-I{ROOT / 'bindings'}"]
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     flags = [*includes, "-DFASTMIX_CUDA", "-fvisibility=hidden"]
-    sources = [module, ROOT / "bindings" / f"{op}.cpp"]
-    library = compile_library(folder, ROOT / "csrc" / "cuda" / f"{op}.cu", sources, flags)
+    kernels = sorted((ROOT / "csrc" / "cuda").glob(f"{op}*.cu"))
+    library = compile_library(folder, *kernels, sources=[module], flags=flags)
     spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None and spec.loader is not None
     with _lazy_binding():  # the CPU kernels that the bindings name are not there, and never called
@@ -113,20 +116,24 @@ PYBIND11_MODULE({name}, m) {{
 
 
 @contextmanager
-def in_place_of_the_cpu(op: str, *, descending: bool = False) -> Iterator[None]:
-    """Inside the block the op's native backend runs its CUDA kernels, emulated, on CPU tensors."""
+def in_place_of_a_gpu(op: str, *, descending: bool = False, module: str = "") -> Iterator[None]:
+    """Inside the block the op's native backend goes the way of CUDA tensors, to emulated kernels."""
     emulated = core(op)
     emulated.descending(descending)
-    native = importlib.import_module(f"fastmix.ops.{op}.native")
-    functions = [value for value in vars(native).values() if isinstance(value, CoreFunction)]
+    native = importlib.import_module(module or f"fastmix.ops.{op}.native")
+    functions = [value for value in vars(native).values() if isinstance(value, _library.CoreFunction)]
     assert functions
     with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(_library, "on_cuda", lambda tensor: True))
+        patches.enter_context(
+            mock.patch.object(_library, "queue_on", lambda device, function, *args: function(*args, 0))
+        )
         for function in functions:
             kernels = {
                 dtype: getattr(emulated, f"{function.name}_cuda_{str(dtype).removeprefix('torch.')}")
                 for dtype in NATIVE_DTYPES
             }
-            patches.enter_context(mock.patch.object(function, "on_cpu", kernels))
+            patches.enter_context(mock.patch.object(function, "on_cuda", kernels))
         yield
 
 

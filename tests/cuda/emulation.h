@@ -1,10 +1,11 @@
-// CUDA C++ on the host, for tests without a GPU: one kernel file becomes one translation unit of ordinary C++.
+// CUDA C++ on the host, for tests without a GPU: a kernel file becomes a translation unit of ordinary C++. The kernel
+// files of an op share what follows.
 //
-// Blocks run one after another. All threads of a block are alive at once, as fibers that a scheduler resumes in turn
-// and that give way only where CUDA threads meet: __syncthreads, __syncwarp, shuffles and votes. A run is therefore
-// deterministic, and `emulation_descending` runs the threads of a block in the opposite order: a result that depends on
-// the order lacks a barrier. Shared memory is filled with 0xff (NaN, -1) when a block starts. Threads that wait for
-// each other for ever, impossible launches and __trap() are reported as the launch's error.
+// Blocks run one after another. All threads of a block are alive at once, as fibers that give way only where CUDA
+// threads meet: __syncthreads, __syncwarp, shuffles and votes. A warp goes on as far as it can before the next one
+// does. A run is therefore deterministic, and `emulation_descending` takes warps and lanes in the opposite order: a
+// result that depends on the order lacks a barrier. Shared memory is filled with 0xff (NaN, -1) when a block starts.
+// Threads that wait for each other for ever, impossible launches and __trap() are reported as the launch's error.
 //
 // emulate.py has turned `kernel<<<...>>>(...)` into calls of `emulation::launch` and `__shared__` declarations into
 // references to emulated memory.
@@ -60,8 +61,10 @@ FASTMIX_VECTORS(long long, longlong, 8)
 FASTMIX_VECTORS(unsigned char, uchar, 1)
 #undef FASTMIX_VECTORS
 
-uint3 threadIdx, blockIdx;
-dim3 blockDim, gridDim;
+#pragma GCC visibility push(hidden)  // each library has its own threads, although these variables are inline
+
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
 // --- The runtime -----------------------------------------------------------------------------------------------------
@@ -73,7 +76,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAt
 
 namespace emulation {
 
-std::string error;  // of the last launch; empty when it went well
+inline std::string error;  // of the last launch; empty when it went well
 
 }  // namespace emulation
 
@@ -95,10 +98,14 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
 };
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  constexpr int kValues[] = {2, 227 * 1024, 9, 0};  // so few multiprocessors that blocks get to do more than one tile
-  return *value = kValues[attribute], cudaSuccess;
+namespace emulation {
+inline int device = 0;
+}
+inline cudaError_t cudaGetDevice(int* device) { return *device = emulation::device, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  // One like an H100, one like an RTX 4090, but with so few multiprocessors that blocks get to do more than one tile.
+  constexpr int kValues[2][4] = {{2, 227 * 1024, 9, 0}, {3, 99 * 1024, 8, 9}};
+  return *value = kValues[device][attribute], cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t = nullptr) {
   std::memset(to, value, bytes);
@@ -155,17 +162,17 @@ inline Config config(dim3 grid, dim3 block, size_t shared = 0, cudaStream_t stre
   return {grid, block, shared, stream};
 }
 
-bool descending = false;
-std::vector<Thread> threads(kMostThreads);
-std::vector<Warp> warps;
-Meeting whole_block;
-unsigned n_threads = 0, n_finished = 0, current = 0;
-jmp_buf scheduler;
-void (*body)(const void*) = nullptr;
-const void* body_argument = nullptr;
-alignas(16) unsigned char shared_memory[kMostShared];
-size_t dynamic_size = 0, static_size = 0;
-std::vector<std::pair<const void*, size_t>> statics;  // declaration -> offset in shared memory
+inline bool descending = false;
+inline std::vector<Thread> threads(kMostThreads);
+inline std::vector<Warp> warps;
+inline Meeting whole_block;
+inline unsigned n_threads = 0, n_finished = 0, current = 0;
+inline jmp_buf scheduler;
+inline void (*body)(const void*) = nullptr;
+inline const void* body_argument = nullptr;
+alignas(16) inline unsigned char shared_memory[kMostShared];
+inline size_t dynamic_size = 0, static_size = 0;
+inline std::vector<std::pair<const void*, size_t>> statics;  // declaration -> offset in shared memory
 
 inline unsigned lane() { return current % kLanes; }
 
@@ -307,6 +314,20 @@ __attribute__((noinline)) inline void resume(unsigned index) {
   start(thread);
 }
 
+// Every thread of the warp that can go on does so until it waits or ends; false when none can.
+inline bool resume_warp(unsigned warp) {
+  bool moved = false;
+  for (unsigned i = 0; i < kLanes && error.empty(); ++i) {
+    const unsigned index = warp * kLanes + (descending ? kLanes - 1 - i : i);
+    if (index >= n_threads) continue;
+    const Thread& thread = threads[index];
+    if (thread.finished || (thread.waits != nullptr && thread.waits->turn == thread.turn)) continue;
+    resume(index);
+    moved = true;
+  }
+  return moved;
+}
+
 inline void run_block() {
   std::memset(shared_memory, 0xff, sizeof(shared_memory));
   statics.clear();
@@ -323,12 +344,8 @@ inline void run_block() {
   }
   while (n_finished < n_threads && error.empty()) {
     bool moved = false;
-    for (unsigned i = 0; i < n_threads && error.empty(); ++i) {
-      const unsigned index = descending ? n_threads - 1 - i : i;
-      const Thread& thread = threads[index];
-      if (thread.finished || (thread.waits != nullptr && thread.waits->turn == thread.turn)) continue;
-      resume(index);
-      moved = true;
+    for (unsigned i = 0; i < warps.size(); ++i) {
+      while (resume_warp(descending ? static_cast<unsigned>(warps.size()) - 1 - i : i)) moved = true;
     }
     if (!moved) {
       const auto waiting = std::find_if(threads.begin(), threads.begin() + n_threads,
@@ -375,7 +392,11 @@ void launch(const Config& c, const Kernel& kernel) {
 
 }  // namespace emulation
 
-extern "C" void emulation_descending(bool on) { emulation::descending = on; }
+extern "C" __attribute__((weak, visibility("default"))) void emulation_descending(bool on) {
+  emulation::descending = on;
+}
+
+extern "C" __attribute__((weak, visibility("default"))) void emulation_device(int index) { emulation::device = index; }
 
 // --- Barriers, votes, shuffles ---------------------------------------------------------------------------------------
 
@@ -489,6 +510,7 @@ inline void copies_arrived(size_t pending) {
 
 inline void __threadfence() {}
 inline void __threadfence_block() {}
+#define emulated_assert(condition) ((condition) ? void() : emulation::fail("assertion " #condition))
 [[noreturn]] inline void __trap() { emulation::fail("trap"); }
 
 template <class T>
@@ -559,3 +581,5 @@ inline float __int_as_float(int x) { return emulation::same_bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return emulation::same_bits<float>(x); }
 inline long long __double_as_longlong(double x) { return emulation::same_bits<long long>(x); }
 inline double __longlong_as_double(long long x) { return emulation::same_bits<double>(x); }
+
+#pragma GCC visibility pop

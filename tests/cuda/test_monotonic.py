@@ -60,7 +60,7 @@ def run(problem: Problem, precision: str) -> Results:
     E = params.b1_bias.numel()
     sizes, code, full = (rows, A, E, H, S), POSITIVITIES.index(positivity), precision == "full"
     q_tot, unkept = torch.full((rows,), torch.nan), torch.full((rows,), torch.nan)
-    packed = torch.full((core.monotonic_packed(A, S),), torch.nan)
+    packed = torch.full((core.monotonic_packed_cuda(A, S),), torch.nan)
     activations, grad_activations = torch.full((2, rows, 192), torch.nan)
     grad_qs = torch.full((rows, A), torch.nan)
     signs = torch.full((rows, A + 1, 2), 0x5A5A5A5A, dtype=torch.int32)
@@ -134,7 +134,8 @@ def expect(problem: Problem, precision: str) -> tuple[Results, Tensor]:
     grad_qs, *grads = torch.autograd.grad(q_tot, [qs, *first], problem.grad.double())
     generated = torch.cat([z1, z2.unsqueeze(1)], 1)
     slopes = generated.sign() if problem.positivity == "abs" else torch.ones_like(generated)
-    return Results(q_tot, [h1, h2, mix, hv], grad_qs, grads, slopes.long()), generated
+    kept = [h1, h2] if precision == "full" else [rounded(h1), rounded(h2)]
+    return Results(q_tot, [*kept, mix, hv], grad_qs, grads, slopes.long()), generated
 
 
 def assert_parity(problem: Problem, precision: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,6 +14,7 @@ from fastmix.ops import returns
 from fastmix.ops.returns import KINDS
 from fastmix.testing import assert_close
 from tests.cuda import emulate
+from tests.cuda.device import captured, late, needs_gpu, no_waiting
 from tests.generators import non_contiguous
 from tests.ops.support import ISAS, TOLERANCE, fullgraph, gradients, run_tests_under_isa
 
@@ -319,7 +320,7 @@ def test_function_transforms() -> None:
 @pytest.fixture(params=[False, True], ids=["ascending", "descending"])
 def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
     """The native backend is the CUDA kernels themselves, run on the host with a block's threads in either order."""
-    with emulate.in_place_of_the_cpu("returns", descending=request.param):
+    with emulate.in_place_of_a_gpu("returns", descending=request.param):
         yield
 
 
@@ -329,7 +330,8 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
     ("B", "T", "trailing", "wide"),
     [
         (3, 70, (1,), False), (2, 33, (3,), True), (2, 32, (3,), False), (2, 31, (1, 8), False), (9, 5, (1,), False),
-        (1, 1, (1,), False), (0, 5, (1,), False), (5, 0, (1,), False), (2, 97, (2,), False),
+        (1, 1, (1,), False), (0, 5, (1,), False), (5, 0, (1,), False), (2, 97, (2,), False), (3, 161, (1,), False),
+        (2, 13, (33,), True), (2, 9, (40,), False),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -339,9 +341,17 @@ def test_emulated_cuda_kernels(
     assert_parity(make(B, T, trailing, dtype, wide), settings)
 
 
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_emulated_cuda_kernels_keep_padding_out(settings: dict[str, Any]) -> None:
+    test_padding_reaches_neither_live_targets_nor_gradients(settings, torch.nan, "native")
+    for terminal in (False, True):
+        test_longer_padding_changes_nothing(settings, terminal, "native")
+
+
 def test_cuda_backend_is_named_or_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = backends.available("returns", "cuda")
-    assert table == (("native", "reference") if _core.cuda else ("reference",))
+    for op in ("select", "returns", "td_loss", "optimise"):
+        assert backends.available(op, "cuda") == (("native", "reference") if _core.cuda else ("reference",))
     monkeypatch.setattr(backends, "cuda_problem", lambda: "the compiled core was built without CUDA")
     backends._decide.cache_clear()
     try:
@@ -352,46 +362,65 @@ def test_cuda_backend_is_named_or_explained(monkeypatch: pytest.MonkeyPatch) -> 
         backends._decide.cache_clear()
 
 
-def needs_gpu(test: Callable[..., None]) -> Callable[..., None]:
-    usable = torch.cuda.is_available() and _core.cuda
-    skip = pytest.mark.skipif(not usable, reason="needs a CUDA device and a core built with CUDA")
-    marked: Callable[..., None] = pytest.mark.gpu(skip(test))
-    return marked
+def on_gpu(problem: Problem) -> Problem:
+    return Problem(*(t.detach().cuda().requires_grad_(t.requires_grad) for t in problem))
 
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("B", "T"), [(0, 5), (5, 0), (1, 1), (3, 33), (32, 120), (128, 400)])
 def test_cuda(B: int, T: int, dtype: torch.dtype) -> None:
-    for trailing, wide in (((1,), False), ((3,), True), ((1, 8), False)):
+    for trailing, wide in (((1,), False), ((3,), True), ((1, 8), False), ((40,), True)):
         for settings in SETTINGS.values():
             problem = make(B, T, trailing, dtype, wide)
-            on_device = Problem(*(t.detach().cuda().requires_grad_(t.requires_grad) for t in problem))
-            ours, expected = run(on_device, "native", settings), run(problem, "native", settings)
+            there = on_gpu(problem)
+            ours, expected = run(there, "native", settings), run(problem, "native", settings)
             assert_close(ours, expected, TOLERANCE[dtype], name=str(settings))
-            inputs, wanted_of = on_device.inputs(settings["kind"]), problem.inputs(settings["kind"])
+            inputs, wanted_of = there.inputs(settings["kind"]), problem.inputs(settings["kind"])
             for grad, wanted in zip(gradients(ours, inputs), gradients(expected, wanted_of), strict=True):
                 assert_close(grad, wanted, TOLERANCE[dtype], name=f"gradient, {settings}")
 
 
 @needs_gpu
-def test_cuda_does_not_wait_for_the_device() -> None:
-    problem = Problem(*(t.detach().cuda() for t in make(32, 120)))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run(problem, "native", SETTINGS["td_lambda_0.6"])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+@pytest.mark.parametrize("trailing", [(1,), (40,)])
+def test_cuda_gives_the_same_in_every_run(trailing: tuple[int, ...]) -> None:
+    problem = on_gpu(make(300, 120, trailing))
+    first = run(problem, "native", SETTINGS["td_lambda_0.6"])
+    assert all(torch.equal(run(problem, "native", SETTINGS["td_lambda_0.6"]), first) for _ in range(20))
 
 
 @needs_gpu
-def test_cuda_queues_on_the_current_stream() -> None:
-    problem, settings = Problem(*(t.detach().cuda() for t in make(32, 120))), SETTINGS["td_lambda_0.6"]
-    before = run(problem, "native", settings)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # what is queued elsewhere is not captured
-        captured = run(problem, "native", settings)
-    problem.rewards.zero_()
+def test_cuda_neither_waits_nor_leaves_the_current_stream() -> None:
+    problem, settings = on_gpu(make(32, 120)), SETTINGS["td_lambda_0.6"]
+    expected = run(problem, "native", settings)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        rewards = late(problem.rewards.detach())
+        with no_waiting():
+            ours = run(problem._replace(rewards=rewards), "native", settings)
+    torch.cuda.synchronize()
+    assert torch.equal(ours, expected)
+
+
+@needs_gpu
+def test_cuda_graph_replays() -> None:
+    problem, settings, cotangent = on_gpu(make(32, 120)), SETTINGS["td_lambda_0.6"], torch.randn(32, 120, 1).cuda()
+
+    def step() -> list[Tensor]:
+        targets = run(problem, "native", settings)
+        return [targets, *torch.autograd.grad(targets, problem.inputs("td_lambda"), cotangent)]
+
+    graph, results = captured(step)
+    with torch.no_grad():
+        problem.rewards.copy_(torch.randn_like(problem.rewards))
+        problem.mask.copy_(problem.mask.roll(1, 0))
     graph.replay()
-    assert not torch.equal(captured, before)
-    assert_close(captured, run(problem, "native", settings), 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(results, step(), strict=True))
+
+
+@needs_gpu
+@pytest.mark.traced
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda_opcheck(kind: str) -> None:
+    p, settings = on_gpu(make(3, 4, (2,))), (0.9, KINDS.index(kind), 0.5, 2)
+    behaviour = p.behaviour_qs if kind == "q_lambda" else None
+    torch.library.opcheck(torch.ops.fastmix.returns.default, (*p[:4], behaviour, *settings))

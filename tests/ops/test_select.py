@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,8 +14,10 @@ from torch import Tensor
 from fastmix.ops import select
 from fastmix.ops.select import UNAVAILABLE, Selection
 from fastmix.testing import assert_close
+from tests.cuda import emulate
+from tests.cuda.device import captured, late, needs_gpu, no_waiting
 from tests.generators import SHAPES, episodes, non_contiguous
-from tests.ops.support import ISAS, TOLERANCE, fullgraph, gradients, run_tests_under_isa
+from tests.ops.support import ISAS, TOLERANCE, fullgraph, gradients, python, run_tests_under_isa
 
 DTYPES = (torch.float32, torch.float64)
 AVAIL_DTYPES = (
@@ -310,3 +314,247 @@ def test_function_transforms() -> None:
 
     grad = torch.func.grad(total)(problem.qs.detach())
     assert_close(grad, torch.autograd.grad(total(problem.qs), problem.qs)[0], 0.0)
+
+
+# --- CUDA ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[False, True], ids=["ascending", "descending"])
+def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The native backend is the CUDA kernels themselves, run on the host with a block's threads in either order."""
+    with emulate.in_place_of_a_gpu("select", descending=request.param):
+        yield
+
+
+# Chunks of actions in shared memory: 64 in float32, 32 in float64.
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_actions", [*range(1, 41), 63, 64, 65, 130])
+def test_emulated_cuda_kernels_over_actions(n_actions: int, dtype: torch.dtype) -> None:
+    assert_parity(Problem(5, 9, 3, n_actions, dtype=dtype))
+
+
+# A block takes 128 agents.
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("leading", [(), (1,), (0,), (257,), (3, 4), (2, 0), (2, 3, 4), (130, 1)])
+@pytest.mark.parametrize("n_agents", [0, 1, 2, 27, 128, 129, 300])
+def test_emulated_cuda_kernels_over_rows(leading: tuple[int, ...], n_agents: int) -> None:
+    assert_parity(Problem(*leading, n_agents, 6))
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("avail", AVAIL_DTYPES)
+def test_emulated_cuda_kernels_over_availability(avail: torch.dtype, dtype: torch.dtype) -> None:
+    problem = Problem(4, 11, 3, 18, dtype=dtype, avail=avail)
+    assert_parity(problem)
+    assert_parity(problem, actions=None)
+    assert_parity(problem, target_qs=None)
+    assert_parity(problem, avail_actions=None)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_actions", [8, 9])
+def test_emulated_cuda_kernels_over_strides(n_actions: int, dtype: torch.dtype) -> None:
+    problem = Problem(40, 6, 3, n_actions, dtype=dtype)
+    names = ("agent_qs", "avail_actions", "actions", "target_qs")
+    tensors = (problem.qs, problem.avail, problem.actions, problem.target_qs)
+    for view in (
+        lambda t: t[:, :-1], lambda t: t[:, 1:], lambda t: t[:, ::2], lambda t: t[1:], lambda t: t[:, 2:3],
+        lambda t: t.transpose(0, 1), lambda t: t[:, :, 1:],
+    ):  # fmt: skip
+        assert_parity(problem, **dict(zip(names, map(view, tensors), strict=True)))
+    scattered = [non_contiguous(t.detach()) for t in tensors]
+    scattered[0].requires_grad_()
+    assert_parity(problem, **dict(zip(names, scattered, strict=True)))
+    assert_parity(problem, avail_actions=problem.avail[:1, :1].expand(40, 6, 3, n_actions))
+    # Numbers that begin where no 16 bytes do.
+    shifted = torch.randn(problem.qs.numel() + 1, dtype=dtype)[1:].view_as(problem.qs).requires_grad_()
+    assert_parity(problem, agent_qs=shifted)
+    (grad,) = torch.autograd.grad(problem.run("native").chosen_qs.sum(), problem.qs)  # type: ignore[union-attr]
+    (wanted,) = torch.autograd.grad(problem.run("reference").chosen_qs.sum(), problem.qs)  # type: ignore[union-attr]
+    assert_close(grad, wanted, 0.0, name="from an expanded gradient")
+
+
+@pytest.mark.usefixtures("emulated")
+def test_emulated_cuda_kernels_take_any_number_of_actions() -> None:
+    assert_parity(Problem(3, 2, 20_000))
+    assert_parity(Problem(3, 2, 5_000, dtype=torch.float64))
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_emulated_cuda_kernels_on_ties_and_special_values(dtype: torch.dtype) -> None:
+    test_ties_take_the_lowest_index("native", dtype)
+    test_special_values("native", dtype)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_emulated_cuda_kernels_find_faults() -> None:
+    test_live_rows_need_an_action("native", torch.float32)
+    problem = Problem(50, 5, 2, 4)
+    problem.actions[33, 1, 0], problem.actions[2, 4, 1] = -1, 2**40
+    with pytest.raises(RuntimeError, match="actions must lie in"):  # the device's assertion
+        problem.run("native")
+    with pytest.raises(ValueError, match=r"actions must lie in \[0, 4\), row \(2, 4\)"):
+        problem.run("native", mask=torch.zeros(50, 5))
+
+
+def on_gpu(problem: Problem) -> Problem:
+    there = copy.copy(problem)
+    there.qs = problem.qs.detach().cuda().requires_grad_()
+    there.avail, there.actions, there.target_qs = problem.avail.cuda(), problem.actions.cuda(), problem.target_qs.cuda()
+    return there
+
+
+def given(picked: Selection) -> list[Tensor]:
+    return [o for o in picked if o is not None]
+
+
+def differentiable(picked: Selection) -> list[Tensor]:
+    return [o for o in given(picked) if o.requires_grad]
+
+
+def assert_same_on_gpu(problem: Problem, view: Callable[[Tensor], Tensor] = lambda t: t, absent: str = "") -> None:
+    """Forward and backward on CUDA against the CPU's native pass, every tensor seen through ``view``."""
+    there = on_gpu(problem)
+    results = []
+    for p in (there, problem):
+        tensors = {"agent_qs": p.qs, "avail_actions": p.avail, "actions": p.actions, "target_qs": p.target_qs}
+        picked = p.run("native", **{k: None if k == absent else view(t) for k, t in tensors.items()})
+        results.append([*given(picked), *gradients(differentiable(picked), [p.qs])])
+    for i, (ours, expected) in enumerate(zip(*results, strict=True)):
+        assert ours.is_cuda
+        assert_close(ours, expected, 0.0, name=str(i))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_actions", N_ACTIONS)
+def test_cuda_over_actions(n_actions: int, dtype: torch.dtype) -> None:
+    assert_same_on_gpu(Problem(33, 21, 5, n_actions, dtype=dtype))
+
+
+@needs_gpu
+@pytest.mark.parametrize("leading", [(), (1,), (0,), (257,), (2, 3, 4), (130, 1), (1, 130)])
+@pytest.mark.parametrize("n_agents", [1, 2, 27, 129])
+def test_cuda_over_rows(leading: tuple[int, ...], n_agents: int) -> None:
+    assert_same_on_gpu(Problem(*leading, n_agents, 6))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("avail", AVAIL_DTYPES)
+def test_cuda_over_availability_and_strides(avail: torch.dtype, dtype: torch.dtype) -> None:
+    problem = Problem(40, 6, 3, 18, dtype=dtype, avail=avail)
+    assert_same_on_gpu(problem)
+    for absent in ("avail_actions", "actions", "target_qs"):
+        assert_same_on_gpu(problem, absent=absent)
+    assert_same_on_gpu(problem, lambda t: t[:, 1:])
+    assert_same_on_gpu(problem, lambda t: t.transpose(0, 1))
+    assert_same_on_gpu(problem, non_contiguous)
+
+
+@needs_gpu
+def test_cuda_takes_a_large_batch_and_gives_the_same_in_every_run() -> None:
+    problem = Problem(128, 121, 10, 18)
+    assert_same_on_gpu(problem)
+    there = on_gpu(problem)
+
+    def run() -> list[Tensor]:
+        picked = there.run("native")
+        cotangent = torch.ones_like(picked.greedy_qs)
+        return [*given(picked), *torch.autograd.grad(differentiable(picked), there.qs, [cotangent] * 2)]
+
+    first = run()
+    assert all(torch.equal(a, b) for _ in range(20) for a, b in zip(run(), first, strict=True))
+
+
+@needs_gpu
+def test_cuda_on_ties_special_values_and_faults() -> None:
+    qs = torch.tensor([[torch.nan, 1, 2, torch.inf], [1, torch.nan, torch.nan, 3], [-torch.inf] * 4, [0, -0.0, 0, 0]])
+    avail = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]])
+    picked = select(qs.unsqueeze(1).cuda(), avail.unsqueeze(1).cuda(), backend="native")
+    assert picked.greedy_actions.flatten().tolist() == [2, 1, 2, 1]
+    problem = on_gpu(Problem(50, 5, 2, 4))
+    problem.actions[33, 1, 0], problem.actions[2, 4, 1] = -1, 2**40
+    with pytest.raises(ValueError, match=r"actions must lie in \[0, 4\), row \(2, 4\)"):
+        problem.run("native", mask=torch.zeros(50, 5).cuda())
+    problem = on_gpu(Problem(50, 5, 2, 4))
+    problem.avail[...] = 1
+    problem.avail[7, 3, 1] = 0
+    with pytest.raises(ValueError, match=r"row \(7, 3\)"):
+        problem.run("native", mask=torch.ones(50, 5).cuda())
+
+
+@needs_gpu
+def test_cuda_asserts_that_actions_exist() -> None:
+    """In a process of its own, whose device is of no use afterwards."""
+    python(
+        """
+import torch
+from fastmix.ops import select
+qs, actions = torch.zeros(3, 2, 4, device="cuda"), torch.full((3, 2), 4, device="cuda")
+try:
+    select(qs, None, actions=actions, backend="native")
+    torch.cuda.synchronize()
+except RuntimeError as error:  # torch.AcceleratorError where there is one
+    assert "assert" in str(error), error
+else:
+    raise SystemExit("an action that does not exist was taken")
+"""
+    )
+
+
+@needs_gpu
+def test_cuda_neither_waits_nor_leaves_the_current_stream() -> None:
+    problem = on_gpu(Problem(32, 60, 5, 11))
+    expected = problem.run("native")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        qs = late(problem.qs.detach())
+        with no_waiting():
+            ours = problem.run("native", agent_qs=qs)
+    torch.cuda.synchronize()
+    assert_same(ours, expected)
+
+
+@needs_gpu
+def test_cuda_graph_replays() -> None:
+    problem = on_gpu(Problem(32, 60, 5, 11))
+    cotangent = torch.randn(32, 60, 5).cuda()
+
+    def step() -> list[Tensor]:
+        picked = problem.run("native")
+        return [*given(picked), *torch.autograd.grad(differentiable(picked), problem.qs, [cotangent] * 2)]
+
+    graph, results = captured(step)
+    with torch.no_grad():
+        problem.qs.copy_(torch.randn_like(problem.qs))
+        problem.avail.copy_(problem.avail.roll(1, 0))
+        problem.actions.copy_(problem.actions.roll(1, 0))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(results, step(), strict=True))
+
+
+@needs_gpu
+@pytest.mark.traced
+@pytest.mark.parametrize("given", [True, False])
+def test_cuda_opcheck(given: bool) -> None:
+    problem = on_gpu(Problem(2, 3, 2, 5))
+    args = (problem.avail, problem.actions, problem.target_qs, None) if given else (None, None, None, None)
+    torch.library.opcheck(torch.ops.fastmix.select.default, (problem.qs, *args))
+
+
+@needs_gpu
+@pytest.mark.traced
+def test_cuda_compiles_whole() -> None:
+    problem = on_gpu(Problem(2, 3, 2, 5))
+
+    def step(qs: Tensor) -> Selection:
+        return problem.run("native", agent_qs=qs)
+
+    ours, expected = fullgraph(step)(problem.qs), step(problem.qs)
+    assert_same(Selection(*ours), expected)
+    (grad,), (wanted,) = (gradients(differentiable(Selection(*s)), [problem.qs]) for s in (ours, expected))
+    assert_close(grad, wanted, 0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,8 +11,10 @@ import torch
 from torch import Tensor
 
 from fastmix.ops import td_loss
-from fastmix.ops.td_loss import TDLoss
+from fastmix.ops.td_loss import TDLoss, native
 from fastmix.testing import assert_close
+from tests.cuda import emulate
+from tests.cuda.device import captured, late, needs_gpu, no_waiting
 from tests.generators import non_contiguous
 from tests.ops.support import ISAS, TOLERANCE, fullgraph, gradients, run_tests_under_isa
 
@@ -227,5 +231,176 @@ def test_compiles_whole(backend: str) -> None:
     ours, expected = fullgraph(step)(*inputs), step(*inputs)
     assert_close(ours.loss, expected.loss, 1e-6)
     assert_close(ours.td_error, expected.td_error, 1e-6)
+    for grad, wanted in zip(gradients(ours.loss, inputs), gradients(expected.loss, inputs), strict=True):
+        assert_close(grad, wanted, 1e-6)
+
+
+# --- CUDA ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[False, True], ids=["ascending", "descending"])
+def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The native backend is the CUDA kernels themselves, run on the host with a block's threads in either order."""
+    with emulate.in_place_of_a_gpu("td_loss", descending=request.param):
+        yield
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("K", [1, 2, 27])
+def test_emulated_cuda_kernels_over_columns(K: int, wide: bool, dtype: torch.dtype) -> None:
+    problem = Problem(7, 61, K, dtype, wide)
+    for weights in (None, problem.weights):
+        for residual in ({}, {"residual": problem.residual}):
+            for normaliser in (None, 13.0, torch.tensor(7.0)):
+                assert_parity(problem, weights=weights, normaliser=normaliser, scale=0.5, **residual)
+
+
+# A block takes 1,024 elements at a time, and at most 1,024 blocks share them.
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(
+    ("B", "T", "K"), [(0, 5, 1), (5, 0, 1), (1, 1, 1), (1, 1023, 1), (4, 256, 1), (5, 205, 1), (33, 17, 3)]
+)
+def test_emulated_cuda_kernels_over_sizes(B: int, T: int, K: int) -> None:
+    assert_parity(Problem(B, T, K))
+
+
+@pytest.mark.usefixtures("emulated")
+def test_emulated_cuda_kernels_with_fewer_blocks_than_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_PARTS", 6)
+    assert_parity(Problem(70, 151, 1))
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("K", [1, 4])
+def test_emulated_cuda_kernels_over_strides(K: int) -> None:
+    test_strides_of_any_kind(K)
+    for shape in ((5, 1, 1), (1,), (), (5, 7, 1), (1, 7, 3)):
+        test_weights_broadcast(shape)
+    test_fractional_masks()
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e38])
+def test_emulated_cuda_kernels_keep_padding_out(value: float) -> None:
+    test_padding_reaches_neither_loss_nor_gradient("native", value)
+    test_nothing_live_is_no_loss("native")
+
+
+@pytest.mark.usefixtures("emulated")
+def test_emulated_cuda_kernels_scale_with_the_loss_and_add_exactly() -> None:
+    test_definition()
+    test_gradient_scales_with_the_loss()
+    test_gradcheck()
+
+
+def on_gpu(problem: Problem) -> Problem:
+    there = copy.copy(problem)
+    for name, tensor in vars(problem).items():
+        setattr(there, name, tensor.detach().cuda().requires_grad_(tensor.requires_grad))
+    return there
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(
+    ("B", "T", "K"), [(0, 5, 1), (1, 1, 1), (7, 61, 27), (33, 17, 3), (512, 120, 1), (300, 500, 10)]
+)
+def test_cuda(B: int, T: int, K: int, wide: bool, dtype: torch.dtype) -> None:
+    here = Problem(B, T, K, dtype, wide)
+    there = on_gpu(here)
+    for extras in ((), ("weights",), ("residual",), ("weights", "residual")):
+        for normaliser in (None, 13.0, torch.tensor(7.0)):
+            results = []
+            for p in (there, here):
+                total = normaliser.to(p.qs.device) if isinstance(normaliser, Tensor) else normaliser
+                loss = p.run("native", normaliser=total, scale=0.5, **{name: getattr(p, name) for name in extras})
+                inputs = [p.qs] + ([p.residual] if "residual" in extras else [])
+                results.append([loss.loss, loss.td_error, *torch.autograd.grad(3 * loss.loss, inputs)])
+            for i, (ours, expected) in enumerate(zip(*results, strict=True)):
+                assert ours.is_cuda
+                assert_close(ours, expected, TOLERANCE[dtype], name=f"{extras} {normaliser} {i}")
+
+
+@needs_gpu
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e38])
+def test_cuda_keeps_padding_out(value: float) -> None:
+    problem = on_gpu(Problem(6, 9, 2))
+    padded = problem.mask.expand(6, 9, 2) == 0
+    results = []
+    for spoil in (False, True):
+        qs, residual, targets, weights = (
+            torch.where(padded, value, t) if spoil else t
+            for t in (problem.qs, problem.residual, problem.targets.expand(6, 9, 2), problem.weights)
+        )
+        loss = problem.run("native", qs=qs, residual=residual, targets=targets, weights=weights)
+        results.append([loss.loss, loss.td_error, *torch.autograd.grad(loss.loss, [problem.qs, problem.residual])])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert problem.run("native", mask=torch.zeros_like(problem.mask)).loss.item() == 0
+
+
+@needs_gpu
+def test_cuda_gives_the_same_in_every_run() -> None:
+    problem = on_gpu(Problem(512, 301, 3))
+    first = problem.run("native", weights=problem.weights)
+    for _ in range(20):
+        again = problem.run("native", weights=problem.weights)
+        assert torch.equal(again.loss, first.loss) and torch.equal(again.td_error, first.td_error)
+
+
+@needs_gpu
+def test_cuda_neither_waits_nor_leaves_the_current_stream() -> None:
+    problem = on_gpu(Problem(32, 60))
+    normaliser = torch.tensor(5.0).cuda()
+    expected = problem.run("native", normaliser=normaliser)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        qs = late(problem.qs.detach()).requires_grad_()
+        with no_waiting():
+            ours = problem.run("native", qs=qs, normaliser=normaliser)
+            problem.run("native", qs=qs, normaliser=5.0).loss.backward()
+    torch.cuda.synchronize()
+    assert torch.equal(ours.loss, expected.loss)
+
+
+@needs_gpu
+def test_cuda_graph_replays() -> None:
+    problem = on_gpu(Problem(32, 60))
+
+    def step() -> list[Tensor]:
+        loss = problem.run("native", residual=problem.residual)
+        return [*loss, *torch.autograd.grad(loss.loss, [problem.qs, problem.residual])]
+
+    graph, results = captured(step)
+    with torch.no_grad():
+        problem.qs.copy_(torch.randn_like(problem.qs))
+        problem.mask.copy_(problem.mask.roll(1, 0))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(results, step(), strict=True))
+
+
+@needs_gpu
+@pytest.mark.traced
+@pytest.mark.parametrize("everything", [True, False])
+def test_cuda_opcheck(everything: bool) -> None:
+    p = on_gpu(Problem(3, 4, 2))
+    extras = (p.weights, p.residual, 0.5, torch.tensor(3.0).cuda()) if everything else (None, None, 1.0, None)
+    torch.library.opcheck(torch.ops.fastmix.td_loss.default, (p.qs, p.targets, p.mask, *extras, True))
+    one = torch.ones((), device="cuda")
+    torch.library.opcheck(torch.ops.fastmix.td_loss_backward.default, (p.qs.detach(), one, one))
+
+
+@needs_gpu
+@pytest.mark.traced
+def test_cuda_compiles_whole() -> None:
+    problem = on_gpu(Problem(3, 4, 2))
+
+    def step(qs: Tensor, residual: Tensor) -> TDLoss:
+        return problem.run("native", qs=qs, residual=residual, weights=problem.weights, normaliser=3.0)
+
+    inputs = [problem.qs, problem.residual]
+    ours, expected = fullgraph(step)(*inputs), step(*inputs)
+    assert_close(ours.loss, expected.loss, 1e-6)
     for grad, wanted in zip(gradients(ours.loss, inputs), gradients(expected.loss, inputs), strict=True):
         assert_close(grad, wanted, 1e-6)

@@ -14,10 +14,15 @@ from fastmix import backends
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    backends.triton_problem.cache_clear()
+    clear()
     yield
     monkeypatch.undo()
+    clear()
+
+
+def clear() -> None:
     backends.triton_problem.cache_clear()
+    backends.matrix_problem.cache_clear()
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, is_installed: bool, interpreted: bool = False) -> None:
@@ -28,14 +33,15 @@ def installed(monkeypatch: pytest.MonkeyPatch, is_installed: bool, interpreted: 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, False)
     assert "pip install 'fastmix[triton]'" in str(backends.triton_problem("cuda"))
-    backends.triton_problem.cache_clear()
+    clear()
     installed(monkeypatch, True)
     assert "TRITON_INTERPRET=1" in str(backends.triton_problem("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, expected in (((7, 5), "8.0 or newer"), ((8, 0), "None"), ((9, 0), "None")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
-        backends.triton_problem.cache_clear()
-        assert expected in str(backends.triton_problem("cuda"))
-    backends.triton_problem.cache_clear()
+        clear()
+        assert expected in str(backends.triton_problem("cuda")) == str(backends.matrix_problem())
+    clear()
     installed(monkeypatch, True, interpreted=True)
     assert backends.triton_problem("cpu") is None
     assert "runs on the CPU" in str(backends.triton_problem("cuda"))

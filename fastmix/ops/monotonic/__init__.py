@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastmix import backends
 from fastmix.ops import _checks
-from fastmix.ops.monotonic import native, reference
+from fastmix.ops.monotonic import cuda, native, reference
 from fastmix.ops.monotonic.types import POSITIVITIES, MonotonicParams
 
 __all__ = ["POSITIVITIES", "MonotonicParams", "monotonic"]
@@ -58,31 +58,38 @@ def monotonic(
     if positivity == "softplus" and not 0 < beta < float("inf"):
         raise ValueError(f"beta must be positive and finite, got {beta!r}")
     _check_types(agent_qs, states, params)
-    if _checks.autocast_enabled(agent_qs):
-        promoted_qs, promoted_states, *promoted = [_checks.upcast(t) for t in (agent_qs, states, *params)]
-        assert promoted_qs is not None and promoted_states is not None
-        params = MonotonicParams._make(promoted)
-        with torch.autocast(promoted_qs.device.type, enabled=False):
-            return monotonic(promoted_qs, promoted_states, params, positivity=positivity, beta=beta, backend=backend)
+    autocast = _checks.autocast_enabled(agent_qs)
+    if autocast:
+        agent_qs, states = _checks.upcast(agent_qs), _checks.upcast(states)
+        params = MonotonicParams(*(_checks.upcast(p) for p in params))  # type: ignore[arg-type]
     _check_shapes(agent_qs, states, params)
 
+    limit = cuda.limit(agent_qs, states, params, positivity) if agent_qs.is_cuda else None
+    chosen = backends.resolve("monotonic", agent_qs, backend, native_limit=limit)
+    if autocast and chosen != "triton":  # which multiplies in autocast's dtype
+        with torch.autocast(agent_qs.device.type, enabled=False):
+            return _run(chosen, agent_qs, states, params, positivity, beta)
+    return _run(chosen, agent_qs, states, params, positivity, beta)
+
+
+def _run(
+    chosen: str, agent_qs: Tensor, states: Tensor, params: MonotonicParams, positivity: str, beta: float
+) -> Tensor:
     leading = agent_qs.shape[:-1]
-    if len(leading) not in (1, 2):
-        agent_qs = agent_qs.reshape(leading.numel(), agent_qs.shape[-1])
-        states = states.reshape(leading.numel(), states.shape[-1])
-    chosen = backends.resolve("monotonic", agent_qs, backend)
-    if chosen == "native":
-        q_tot = native.monotonic(agent_qs, states, params, positivity, beta)
-        return q_tot if len(leading) in (1, 2) else q_tot.reshape(*leading, 1)
-    rows = leading.numel()
-    agent_qs, states = agent_qs.reshape(rows, agent_qs.shape[-1]), states.reshape(rows, states.shape[-1])
+    if chosen != "native" or len(leading) not in (1, 2):
+        rows = leading.numel()
+        agent_qs, states = agent_qs.reshape(rows, agent_qs.shape[-1]), states.reshape(rows, states.shape[-1])
     if chosen == "triton":
         from fastmix.ops.monotonic import triton  # here, as it imports Triton
 
-        flat = triton.monotonic(agent_qs, states, params, positivity, beta)
+        q_tot = triton.monotonic(agent_qs, states, params, positivity, beta)
+    elif chosen == "reference":
+        q_tot = reference.monotonic(agent_qs, states, params, positivity, beta)
+    elif agent_qs.is_cuda:
+        q_tot = cuda.monotonic(agent_qs, states, params, positivity)
     else:
-        flat = reference.monotonic(agent_qs, states, params, positivity, beta)
-    return flat.reshape(*leading, 1)
+        q_tot = native.monotonic(agent_qs, states, params, positivity, beta)
+    return q_tot if q_tot.dim() == len(leading) + 1 else q_tot.reshape(*leading, 1)
 
 
 _HIDDEN = ("w1_hidden_weight", "w1_hidden_bias", "w2_hidden_weight", "w2_hidden_bias")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 from typing import Any, Final
 
@@ -10,12 +9,10 @@ import torch
 from torch import Tensor
 
 from fastmix.ops import _library
-from fastmix.ops.monotonic.types import POSITIVITIES, MonotonicParams
+from fastmix.ops.monotonic.arguments import INPUTS, POSITIVITY_CODES, dense_params, layout, sizes_of, with_dense_rows
+from fastmix.ops.monotonic.types import MonotonicParams
 
-logger = logging.getLogger("fastmix")
-
-_POSITIVITIES: Final = {name: index for index, name in enumerate(POSITIVITIES)}
-_ABS: Final = _POSITIVITIES["abs"]
+_ABS: Final = POSITIVITY_CODES["abs"]
 
 
 def monotonic(agent_qs: Tensor, states: Tensor, params: MonotonicParams, positivity: str, beta: float) -> Tensor:
@@ -24,7 +21,7 @@ def monotonic(agent_qs: Tensor, states: Tensor, params: MonotonicParams, positiv
     ``[N, A]`` and ``[N, S]`` give ``[N, 1]``, ``[B, N, A]`` and ``[B, N, S]`` give ``[B, N, 1]``.
     """
     training = _library.wants_grad((agent_qs, states, *params))
-    q_tot: Tensor = _monotonic(agent_qs, states, *params, _POSITIVITIES[positivity], beta, training)[0]
+    q_tot: Tensor = _monotonic(agent_qs, states, *params, POSITIVITY_CODES[positivity], beta, training)[0]
     return q_tot
 
 
@@ -33,8 +30,8 @@ def _forward(agent_qs: Tensor, states: Tensor, *rest: Any) -> tuple[Tensor, Tens
     from fastmix import _core
 
     params, (positivity, beta, training) = rest[:14], rest[14:]
-    states, addresses, sizes, is_double, kept = _unpack(agent_qs, states, params)
-    dtype = agent_qs.dtype
+    sizes, states, (addresses, kept) = sizes_of(agent_qs, states, params), with_dense_rows(states), dense_params(params)
+    dtype, is_double = agent_qs.dtype, agent_qs.dtype == torch.float64
     q_tot = torch.empty((*agent_qs.shape[:-1], 1), dtype=dtype)
     if not training:
         activations, signs = torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype)
@@ -43,7 +40,7 @@ def _forward(agent_qs: Tensor, states: Tensor, *rest: Any) -> tuple[Tensor, Tens
         activations = torch.empty(padded_rows, columns, dtype=dtype)
         signs = torch.empty(padded_rows, sign_bytes if positivity == _ABS else 0, dtype=torch.uint8)
     _core.monotonic_forward(
-        _rows(agent_qs), _rows(states), addresses, q_tot.data_ptr(), activations.data_ptr(), signs.data_ptr(),
+        layout(agent_qs), layout(states), addresses, q_tot.data_ptr(), activations.data_ptr(), signs.data_ptr(),
         sizes, positivity, beta, is_double, torch.get_num_threads(),
     )  # fmt: skip
     del kept
@@ -56,45 +53,16 @@ def _backward_forward(grad_q_tot: Tensor, agent_qs: Tensor, states: Tensor, *res
 
     params, (activations, signs, positivity, beta, wants_qs, wants_states, wants_params) = rest[:14], rest[14:]
     grads = _empty_grads(agent_qs, states, params, wants_qs, wants_states, wants_params)
-    states, addresses, sizes, is_double, kept = _unpack(agent_qs, states, params)
-    grad_q_tot = grad_q_tot.contiguous()
+    sizes, states, (addresses, kept) = sizes_of(agent_qs, states, params), with_dense_rows(states), dense_params(params)
+    grad_q_tot, is_double = grad_q_tot.contiguous(), agent_qs.dtype == torch.float64
     grad_addresses = [grad.data_ptr() for grad in grads]
     _core.monotonic_backward(
-        _rows(agent_qs), _rows(states), addresses, grad_q_tot.data_ptr(), activations.data_ptr(), signs.data_ptr(),
+        layout(agent_qs), layout(states), addresses, grad_q_tot.data_ptr(), activations.data_ptr(), signs.data_ptr(),
         grad_addresses[0], grad_addresses[1], grad_addresses[2:] if wants_params else None,
         sizes, positivity, beta, is_double, torch.get_num_threads(),
     )  # fmt: skip
     del kept
     return grads
-
-
-def _unpack(
-    agent_qs: Tensor, states: Tensor, params: tuple[Tensor | None, ...]
-) -> tuple[Tensor, list[int], tuple[int, int, int, int, int], bool, tuple[Tensor | None, ...]]:
-    """States with dense rows, addresses of dense parameters, sizes as the core takes them, what owns the addresses."""
-    if states.stride(-1) != 1:
-        logger.debug("monotonic copies states of shape %s and strides %s", tuple(states.shape), states.stride())
-        states = states.clone(memory_format=torch.contiguous_format)
-    addresses = []
-    for index, param in enumerate(params):
-        if param is not None and not param.is_contiguous():
-            logger.debug("monotonic copies %s of strides %s", MonotonicParams._fields[index], param.stride())
-            params = (*params[:index], param.contiguous(), *params[index + 1 :])
-            param = params[index]
-        addresses.append(0 if param is None else param.data_ptr())
-    hidden, embed = params[1], params[9]
-    assert embed is not None
-    agents = agent_qs.shape[-1]
-    sizes = (
-        agent_qs.numel() // agents, agents, embed.shape[0], 0 if hidden is None else hidden.shape[0], states.shape[-1],
-    )  # fmt: skip
-    return states, addresses, sizes, agent_qs.dtype == torch.float64, params
-
-
-def _rows(tensor: Tensor) -> tuple[int, int, int, int, int]:
-    """Address of ``[B, N, X]`` or ``[N, X]``, and how rows are found behind it: N, strides of B, N and X."""
-    outer, inner, column = tensor.stride() if tensor.dim() == 3 else (0, *tensor.stride())
-    return tensor.data_ptr(), tensor.shape[-2], outer, inner, column
 
 
 @cache
@@ -172,20 +140,16 @@ def _backward(ctx: Any, grad_q_tot: Tensor | None, *_: None) -> tuple[Tensor | N
     return (*(grad if want else None for want, grad in zip(wants, grads, strict=True)), None, None, None)
 
 
-_INPUTS: Final = "Tensor agent_qs, Tensor states, " + ", ".join(
-    f"Tensor{'?' if 'hidden' in name and name[0] == 'w' else ''} {name}" for name in MonotonicParams._fields
-)
-
 _monotonic_backward = _library.define(
     "monotonic_backward",
-    f"(Tensor grad_q_tot, {_INPUTS}, Tensor activations, Tensor signs, int positivity, float beta, bool wants_qs,"
+    f"(Tensor grad_q_tot, {INPUTS}, Tensor activations, Tensor signs, int positivity, float beta, bool wants_qs,"
     " bool wants_states, bool wants_params) -> (" + ", ".join(["Tensor"] * 16) + ")",
     _backward_forward,
     _backward_fake,
 )
 _monotonic = _library.define(
     "monotonic",
-    f"({_INPUTS}, int positivity, float beta, bool training) -> (Tensor, Tensor, Tensor)",
+    f"({INPUTS}, int positivity, float beta, bool training) -> (Tensor, Tensor, Tensor)",
     _forward,
     _fake,
     setup_context=_setup_context,

@@ -34,6 +34,7 @@ def select(
         target_qs: ``[..., A, U]``, utilities of the target network, to be read at the greedy actions.
         mask: ``[...]``, nonzero on live rows, any dtype: a live row in which an agent has no available action raises.
             On CUDA the check waits for the device; under ``torch.compile`` it is made by the native backend only.
+            Without it nothing waits, and CUDA graphs can hold the call.
         backend: ``None`` for the automatic choice, or a name of `fastmix.backends.NAMES`.
 
     Returns:
@@ -43,7 +44,8 @@ def select(
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype or device; an action outside [0, U); a live row (named)
-            in which an agent has no available action.
+            in which an agent has no available action. On CUDA, where nothing waits, an action outside [0, U) is an
+            assertion of the device instead, as in `torch.gather`; nothing outside ``agent_qs`` is read.
 
     Source: double Q-learning over decentralised agents, Rashid et al. (2018), section 4; constants as in PyMARL.
     """

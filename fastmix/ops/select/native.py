@@ -1,4 +1,4 @@
-"""`select` through the compiled core: one pass over the rows, and one scatter for the gradient."""
+"""`select` through the compiled core: one pass over the rows, and one that writes the gradient."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from fastmix.ops import _library
 from fastmix.ops.select.types import UNAVAILABLE, Selection
 
 logger = logging.getLogger("fastmix")
+
+_run_forward, _run_backward = _library.CoreFunction("select_forward"), _library.CoreFunction("select_backward")
+_NO_FAULT = torch.iinfo(torch.int64).max
 
 # Availability is read as it is stored; values are AvailType of csrc/fastmix/select.h.
 _AVAIL_TYPES = {
@@ -51,29 +54,35 @@ def _forward(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Values before indices; empty tensors for what absent arguments leave out, since an op returns tensors only."""
-    from fastmix import _core
-
-    shape = agent_qs.shape
+    shape, dtype, device = agent_qs.shape, agent_qs.dtype, agent_qs.device
     rows = shape[:-2]
-    greedy_qs = torch.empty(shape[:-1], dtype=agent_qs.dtype)
+    greedy_qs = torch.empty(shape[:-1], dtype=dtype, device=device)
     greedy = torch.empty_like(greedy_qs, dtype=torch.int64)
-    chosen = torch.empty_like(greedy_qs) if actions is not None else torch.empty(0, dtype=agent_qs.dtype)
-    target = torch.empty_like(greedy_qs) if target_qs is not None else torch.empty(0, dtype=agent_qs.dtype)
-    all_greedy = torch.empty(rows if actions is not None else 0, dtype=torch.bool)
+    chosen = torch.empty_like(greedy_qs) if actions is not None else torch.empty(0, dtype=dtype, device=device)
+    target = torch.empty_like(greedy_qs) if target_qs is not None else torch.empty(0, dtype=dtype, device=device)
+    all_greedy = torch.empty(rows if actions is not None else 0, dtype=torch.bool, device=device)
 
     many = len(rows) > 2
     qs = _readable(agent_qs, many, "agent_qs")
     avail = None if avail_actions is None else _readable(_typed(avail_actions), many, "avail_actions")
-    taken = None if actions is None else actions.reshape(-1, shape[-2]) if many else actions
+    taken = None if actions is None else actions.flatten(0, -2) if many else actions
     targets = None if target_qs is None else _readable(target_qs, many, "target_qs")
-    live = None if mask is None else mask.reshape(-1) if many else mask
-    run = _core.select_forward_float64 if agent_qs.dtype is torch.float64 else _core.select_forward_float32
-    empty_row, wrong_row = run(
+    live = None if mask is None else mask.flatten() if many else mask
+    args = (
         qs.shape, *_rows(qs), *_rows(avail), 0 if avail is None else _AVAIL_TYPES[avail.dtype],
         *_rows(taken), *_rows(targets), *_rows(live),
         greedy.data_ptr(), greedy_qs.data_ptr(), chosen.data_ptr(), target.data_ptr(), all_greedy.data_ptr(),
-        UNAVAILABLE, torch.get_num_threads(),
+        UNAVAILABLE,
     )  # fmt: skip
+    if not _library.on_cuda(qs):
+        empty_row, wrong_row = _run_forward(qs, *args)
+    elif live is None:
+        _run_forward(qs, *args, 0)
+        return greedy_qs, chosen, target, greedy, all_greedy
+    else:
+        faults = torch.full((2,), _NO_FAULT, dtype=torch.int64, device=device)
+        _run_forward(qs, *args, faults.data_ptr())
+        empty_row, wrong_row = (-1 if row == _NO_FAULT else row for row in faults.tolist())  # waits for the device
     if wrong_row >= 0:
         raise_out_of_range(wrong_row, rows, shape[-1])
     if empty_row >= 0:
@@ -108,7 +117,7 @@ def _typed(avail_actions: Tensor) -> Tensor:
 def _readable(tensor: Tensor, flatten: bool, name: str) -> Tensor:
     """The tensor with at most two leading dimensions and its last one dense; a copy only where strides ask for it."""
     if flatten:
-        tensor = tensor.reshape(-1, *tensor.shape[-2:])
+        tensor = tensor.flatten(0, -3)
     if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
         logger.debug("select: %s with strides %s is copied", name, tensor.stride())
         tensor = tensor.contiguous()
@@ -164,20 +173,18 @@ def _backward_forward(
     actions: Tensor | None,
     n_actions: int,
 ) -> Tensor:
-    from fastmix import _core
-
     shape = greedy_actions.shape
-    grad = torch.empty(*shape, n_actions, dtype=greedy_qs.dtype)
+    grad = torch.empty(*shape, n_actions, dtype=greedy_qs.dtype, device=greedy_qs.device)
     sizes: tuple[int, ...] = grad.shape
     grads = [grad_greedy_qs, grad_chosen_qs, actions]
     if len(sizes) > 4:
-        grads = [None if t is None else t.reshape(-1, shape[-1]) for t in grads]
+        grads = [None if t is None else t.flatten(0, -2) for t in grads]
         sizes = (greedy_actions.numel() // max(shape[-1], 1), shape[-1], n_actions)
-    run = _core.select_backward_float64 if greedy_qs.dtype is torch.float64 else _core.select_backward_float32
-    run(
+    _run_backward(
+        grad,
         sizes, *_rows(grads[0]), *_rows(grads[1]),
         greedy_actions.contiguous().data_ptr(), greedy_qs.contiguous().data_ptr(), *_rows(grads[2]),
-        grad.data_ptr(), UNAVAILABLE, torch.get_num_threads(),
+        grad.data_ptr(), UNAVAILABLE,
     )  # fmt: skip
     return grad
 
@@ -199,6 +206,7 @@ _select_backward = _library.define(
     " SymInt n_actions) -> Tensor",
     _backward_forward,
     _backward_fake,
+    devices=("CPU", "CUDA"),
 )
 _select = _library.define(
     "select",
@@ -208,4 +216,5 @@ _select = _library.define(
     _fake,
     setup_context=_setup_context,
     backward=_backward,
+    devices=("CPU", "CUDA"),
 )

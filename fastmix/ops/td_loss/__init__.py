@@ -43,7 +43,7 @@ def td_loss(
 
     Returns:
         A `TDLoss`: the loss, differentiable in ``qs`` and ``residual``, and ``mask * td`` without gradient. Native sums
-        are made in double precision, in an order that depends on the number of threads only.
+        are made in double precision, in an order that depends on the number of threads only, on CUDA on the shape only.
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype or device.
@@ -67,7 +67,7 @@ def td_loss(
 
 def _scalar(normaliser: Tensor | float, qs: Tensor) -> Tensor:
     if not isinstance(normaliser, Tensor):
-        return torch.tensor(float(normaliser), dtype=qs.dtype, device=qs.device)
+        return torch.full((), float(normaliser), dtype=qs.dtype, device=qs.device)  # filled there, not copied there
     if normaliser.numel() != 1 or normaliser.device != qs.device:
         raise ValueError(
             f"normaliser must be a number or a tensor of one number on {qs.device},"

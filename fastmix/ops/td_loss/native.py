@@ -1,4 +1,8 @@
-"""`td_loss` through the compiled core: loss, error and gradient in one pass, which the backward pass only scales."""
+"""`td_loss` through the compiled core: loss, error and gradient in one pass, which the backward pass only scales.
+
+On CUDA the gradient still lacks the factor with the normaliser: when it is written, the mask's sum is not known, and
+the host does not wait for it. The backward pass multiplies by it together with the gradient of the loss.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,10 @@ from torch import Tensor
 
 from fastmix.ops import _library
 from fastmix.ops.td_loss.types import TDLoss
+
+_run_forward, _run_backward = _library.CoreFunction("td_loss_forward"), _library.CoreFunction("td_loss_backward")
+_PARTS = 2048
+"""Partial sums on CUDA, two for each block of 1,024 elements or more"""
 
 
 def td_loss(
@@ -22,7 +30,7 @@ def td_loss(
 ) -> TDLoss:
     """See `fastmix.ops.td_loss`; arguments are already checked."""
     differentiable = _library.wants_grad((qs, residual))
-    loss, td_error, _ = _td_loss(qs, targets, mask, weights, residual, scale, normaliser, differentiable)
+    loss, td_error, *_ = _td_loss(qs, targets, mask, weights, residual, scale, normaliser, differentiable)
     return TDLoss(loss, td_error)
 
 
@@ -35,21 +43,26 @@ def _forward(
     scale: float,
     normaliser: Tensor | None,
     differentiable: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, error and (empty unless ``differentiable``) the gradient of ``qs``."""
-    from fastmix import _core
-
-    shape, dtype = qs.shape, qs.dtype
-    loss, td_error = torch.empty((), dtype=dtype), torch.empty_like(qs, memory_format=torch.contiguous_format)
-    grad = torch.empty_like(td_error) if differentiable else torch.empty(0, dtype=dtype)
-    run = _core.td_loss_forward_float64 if dtype is torch.float64 else _core.td_loss_forward_float32
-    run(
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, error, (empty unless ``differentiable``) the gradient of ``qs``, and (on CUDA only) the factor it lacks."""
+    shape, dtype, device = qs.shape, qs.dtype, qs.device
+    on_cuda = _library.on_cuda(qs)
+    loss = torch.empty((), dtype=dtype, device=device)
+    td_error = torch.empty(shape, dtype=dtype, device=device)
+    grad = torch.empty(shape if differentiable else 0, dtype=dtype, device=device)
+    slope = torch.empty(() if on_cuda else 0, dtype=dtype, device=device)
+    args = (
         shape, *_operand(qs, shape), *_operand(targets, shape), *_operand(mask, shape),
         *_operand(weights, shape), *_operand(residual, shape),
-        scale, normaliser is not None, 0.0 if normaliser is None else normaliser.item(),
-        loss.data_ptr(), td_error.data_ptr(), grad.data_ptr(), torch.get_num_threads(),
+        scale, 0 if normaliser is None else normaliser.data_ptr(),
+        loss.data_ptr(), td_error.data_ptr(), grad.data_ptr(),
     )  # fmt: skip
-    return loss, td_error, grad
+    if on_cuda:
+        parts = torch.empty(_PARTS, dtype=torch.float64, device=device)
+        _run_forward(qs, *args, slope.data_ptr(), parts.data_ptr(), _PARTS)
+    else:
+        _run_forward(qs, *args)
+    return loss, td_error, grad, slope
 
 
 def _operand(tensor: Tensor | None, shape: torch.Size) -> tuple[int, tuple[int, ...]]:
@@ -59,31 +72,49 @@ def _operand(tensor: Tensor | None, shape: torch.Size) -> tuple[int, tuple[int, 
     return tensor.data_ptr(), tensor.stride() if tensor.shape == shape else tensor.expand(shape).stride()
 
 
-def _fake(qs: Tensor, targets: Tensor, mask: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(qs: Tensor, targets: Tensor, mask: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     differentiable = args[-1]
-    return qs.new_empty(()), qs.new_empty(qs.shape), qs.new_empty(qs.shape if differentiable else 0)
+    grad, slope = qs.new_empty(qs.shape if differentiable else 0), qs.new_empty(() if _library.on_cuda(qs) else 0)
+    return qs.new_empty(()), qs.new_empty(qs.shape), grad, slope
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, td_error, grad = output
+    _, td_error, grad, slope = output
     ctx.has_residual = inputs[4] is not None
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(td_error, grad)
-    ctx.save_for_backward(grad)
+    ctx.mark_non_differentiable(td_error, grad, slope)
+    ctx.save_for_backward(grad, slope)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    (grad,) = ctx.saved_tensors
-    scaled = None if grad_loss is None else grad * grad_loss
+    grad, slope = ctx.saved_tensors
+    scaled = None
+    if grad_loss is not None:
+        scaled = _td_loss_backward(grad, slope, grad_loss) if slope.numel() > 0 else grad * grad_loss
     return scaled, None, None, None, scaled if ctx.has_residual else None, None, None, None
 
 
+def _backward_forward(grad: Tensor, slope: Tensor, grad_loss: Tensor) -> Tensor:
+    """``grad * slope * grad_loss``, the numbers of the two scalars staying on the device."""
+    grad_qs = torch.empty_like(grad)
+    _run_backward(grad, grad.numel(), grad.data_ptr(), slope.data_ptr(), grad_loss.data_ptr(), grad_qs.data_ptr())
+    return grad_qs
+
+
+_td_loss_backward = _library.define(
+    "td_loss_backward",
+    "(Tensor grad, Tensor slope, Tensor grad_loss) -> Tensor",
+    _backward_forward,
+    lambda grad, *_: torch.empty_like(grad),
+    devices=("CUDA",),
+)
 _td_loss = _library.define(
     "td_loss",
     "(Tensor qs, Tensor targets, Tensor mask, Tensor? weights, Tensor? residual, float scale, Tensor? normaliser,"
-    " bool differentiable) -> (Tensor, Tensor, Tensor)",
+    " bool differentiable) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
     setup_context=_setup_context,
     backward=_backward,
+    devices=("CPU", "CUDA"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,16 +14,18 @@ from torch.nn import functional as F
 
 import fastmix
 from fastmix import backends
-from fastmix.ops import _triton
+from fastmix.ops import _library, _triton
 from fastmix.ops.monotonic import POSITIVITIES, MonotonicParams, monotonic
 from fastmix.ops.monotonic import triton as kernels
 from fastmix.testing import assert_close, poisoned_allocations, rms_ratio
 from fastmix.testing.golden import Golden
+from tests import monotonic_problem
 from tests.generators import non_contiguous
 from tests.golden_rules import Rule, Setting, find_rule
-from tests.triton.problem import Problem, check, golden_files, make, solve
+from tests.monotonic_problem import Problem, golden_files, make, solve
 
 FLOAT32 = 1e-6
+check = partial(monotonic_problem.check, backend="triton")
 KINKS = 3e-2
 """Of gradients in lower precision: weights and hidden units near zero change sign, and with it their slope."""
 
@@ -84,7 +87,7 @@ def test_one_tf32_product_rounds_its_operands(monkeypatch: pytest.MonkeyPatch) -
     """The interpreter multiplies float32, so only the rounding remains; truncation would give 10 times the error."""
     problem = make(3, 48, 100)
     expected, _ = solve(problem)
-    monkeypatch.setattr(_triton, "_library_precision", lambda: "high")
+    monkeypatch.setattr(_library, "matmul_precision", lambda: "high")
     check(problem, 4e-4, grads=KINKS)
     assert rms_ratio(kernels.monotonic(*problem[:3], "abs", 1.0), expected) > 1e-5
     _, _, packed = kernels._forward(problem.agent_qs, problem.states, *problem.params, 0, 1.0, True)

@@ -1,4 +1,4 @@
-"""One problem of `monotonic` and its solution in float64, for the interpreter and for a GPU."""
+"""One problem of `monotonic` and its solution in float64: for Triton's interpreter, the host emulation, and a GPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastmix.ops import monotonic
 from fastmix.ops.monotonic import MonotonicParams, reference
 from fastmix.testing import assert_close, golden
 from tests.generators import Shape, monotonic_params
@@ -64,20 +65,23 @@ def solve(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
     return out.detach(), dict(zip(inputs, grads, strict=True))
 
 
-def check(problem: Problem, tolerance: float, *, grads: float | None = None) -> None:
-    """`fastmix.ops.monotonic.triton` with and without gradient; ``grads``: tolerance of gradients where it differs.
+def mix(problem: Problem, backend: str) -> Tensor:
+    """``[N]``"""
+    q, s, params, _, positivity, beta = problem
+    return monotonic(q, s, params, positivity=positivity, beta=beta, backend=backend).flatten()
+
+
+def check(problem: Problem, tolerance: float, *, backend: str, grads: float | None = None) -> None:
+    """A backend's result, with gradient and without, and gradients; ``grads``: their tolerance where it differs.
 
     Gradients of few entries are sums over all rows that may cancel, and get ten times the tolerance.
     """
-    from fastmix.ops.monotonic import triton as kernels
-
     expected, expected_grads = solve(problem)
-    q, s, p, cotangent, positivity, beta = problem
-    out = kernels.monotonic(q, s, p, positivity, beta)
+    out = mix(problem, backend)
     inputs = problem.inputs()
-    results = torch.autograd.grad(out, list(inputs.values()), cotangent.to(out.dtype))
+    results = torch.autograd.grad(out, list(inputs.values()), problem.cotangent.to(out.dtype))
     with torch.no_grad():
-        fused = kernels.monotonic(q, s, p, positivity, beta)
+        fused = mix(problem, backend)
     assert_close(out, expected, tolerance, name="q_tot")
     assert_close(fused, expected, tolerance, name="q_tot without gradient")
     for (name, value), grad in zip(inputs.items(), results, strict=True):
@@ -88,7 +92,7 @@ def check(problem: Problem, tolerance: float, *, grads: float | None = None) -> 
 
 def golden_files() -> list[Any]:
     """The reference numbers of everything that is this op and no other."""
-    folder = golden.folder(Path(__file__).parents[1] / "golden")
+    folder = golden.folder(Path(__file__).parent / "golden")
     files = [golden.load(path) for path in sorted(folder.glob("**/*.npz"))]
     return [
         pytest.param(file, id=file.name) for file in files if file.kind in ("qmix", "nmix", "qmix_noabs", "resq.qmixer")
