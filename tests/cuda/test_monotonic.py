@@ -56,6 +56,7 @@ def run(problem: Problem, precision: str) -> Results:
     core: Any = emulate.core("monotonic")
     qs, states, params, grad, positivity = problem
     rows, A = grad.numel(), qs.shape[-1]
+    assert params.w1_hidden_weight is not None
     H, S = params.w1_hidden_weight.shape
     E = params.b1_bias.numel()
     sizes, code, full = (rows, A, E, H, S), POSITIVITIES.index(positivity), precision == "full"
@@ -65,7 +66,7 @@ def run(problem: Problem, precision: str) -> Results:
     grad_qs = torch.full((rows, A), torch.nan)
     signs = torch.full((rows, A + 1, 2), 0x5A5A5A5A, dtype=torch.int32)
 
-    core.monotonic_pack_cuda([p.data_ptr() for p in params], packed.data_ptr(), sizes, full, 0)
+    core.monotonic_pack_cuda([p.data_ptr() for p in params if p is not None], packed.data_ptr(), sizes, full, 0)
     for result, kept in ((q_tot, activations.data_ptr()), (unkept, 0)):
         core.monotonic_forward_cuda(
             layout(qs), layout(states), packed.data_ptr(), result.data_ptr(), kept, sizes, code, full, 0
@@ -113,7 +114,7 @@ def rounded(x: Tensor) -> Tensor:
 def expect(problem: Problem, precision: str) -> tuple[Results, Tensor]:
     """The same in float64, and the generated weights before positivity."""
     rows, A = problem.grad.numel(), problem.agent_qs.shape[-1]
-    p = MonotonicParams(*(param.double() for param in problem.params))
+    p = MonotonicParams(*(param.double() for param in problem.params if param is not None))
     qs, states = problem.agent_qs.double().reshape(rows, A), problem.states.double().reshape(rows, -1)
     linear: Callable[..., Tensor] = F.linear if precision == "full" else _RoundedLinear.apply
     first = [
@@ -143,10 +144,11 @@ def assert_parity(problem: Problem, precision: str) -> None:
     tolerance = TOLERANCE[precision]
     assert_close(ours.q_tot, expected.q_tot, tolerance, name="q_tot")
     assert_close(ours.grad_agent_qs, expected.grad_agent_qs, tolerance, name="gradient of agent_qs")
-    for name, *pair in zip(("h1", "h2", "mix", "v"), ours.activations, expected.activations, strict=True):
-        assert_close(*pair, tolerance, name=name)
-    for name, *pair in zip(("h1", "h2", "b1", "v"), ours.grad_activations, expected.grad_activations, strict=True):
-        assert_close(*pair, tolerance, name=f"gradient of {name}")
+    for name, kept, wanted in zip(("h1", "h2", "mix", "v"), ours.activations, expected.activations, strict=True):
+        assert_close(kept, wanted, tolerance, name=name)
+    grads = zip(("h1", "h2", "b1", "v"), ours.grad_activations, expected.grad_activations, strict=True)
+    for name, grad, wanted in grads:
+        assert_close(grad, wanted, tolerance, name=f"gradient of {name}")
     clear = generated.abs() > 1e-4 * generated.abs().max() if generated.numel() else generated > 0
     assert torch.equal(ours.slopes[clear], expected.slopes[clear])
 
