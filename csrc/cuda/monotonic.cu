@@ -7,15 +7,15 @@
 // chunks (`Stream`) that all warps of a block share, asynchronously and two chunks ahead; where all of them fit they
 // come once per block, which then takes several tiles of rows.
 //
-// Forward: a tile of 32 rows belongs to a pair of warps, since one fragment of the weights then feeds two products: at
-// one, reading shared memory takes longer than the matrix units do. Each warp of the pair has half of the columns of
-// everything. In the first layer that is one of the two hidden layers, half of b1 and half of V's hidden layer: 96
-// columns, 96 accumulators a lane. Then they show each other their hidden layers, through shared memory; from there on
-// a warp has 16 of the 32 e of every agent, with as many accumulators. At the end one float a row passes between them.
+// Forward: a tile of 32 rows belongs to a pair of warps, since one fragment of the weights (256 bytes, two clocks of
+// shared memory) then feeds two products (about 1.6 clocks of the matrix units each). Each warp of the pair has half of
+// the columns of everything. In the first layer that is one of the two hidden layers, half of b1 and half of V's hidden
+// layer: 96 columns, 96 accumulators a lane. Then they show each other their hidden layers, through shared memory; from
+// there on a warp has 16 of the 32 e of every agent. At the end one float a row passes between them.
 //
 // Backward: a warp has 16 rows, all columns. It generates the weights again from the hidden layers that forward kept,
-// and holds of each hidden layer both the values and the sum of the gradients.
-
+// and holds of each hidden layer both the values and the sum of the gradients; two tiles of rows would not fit beside
+// each other, and reading the activations and writing their gradients takes as long as shared memory does.
 #include "cuda/launch.h"
 #include "cuda/mma.cuh"
 #include "fastmix/monotonic.h"
@@ -160,8 +160,8 @@ __device__ __forceinline__ void copy_all(float* to, const float* from, int count
 
 // Forward reads the first layer four steps at a time, then three units.
 struct ForwardChunks {
-  static constexpr int kSteps = 4, kUnits = 3;
-  static constexpr int kFloats = kSteps * kStep > kUnits* kForward ? kSteps * kStep : kUnits * kForward;
+  static constexpr int kSteps = 4, kUnits = 3, kFloats = kUnits * kForward;
+  static_assert(kSteps * kStep <= kFloats);
 
   const float *steps, *units;
   int n_steps, n_units, first, count;  // first: chunks of the first layer
@@ -265,7 +265,7 @@ __device__ __forceinline__ void generate(float (&z)[M][N][4], float (&h)[M][kHid
     Operand<4> a[M];
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      if constexpr (kFull) {
+      if constexpr (kFull && M > 1) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) opaque(h[m][k][i]);  // or all are split once for all units, which spills
       }
@@ -282,8 +282,8 @@ __device__ __forceinline__ void generate(float (&z)[M][N][4], float (&h)[M][kHid
 
 constexpr int kPackThreads = 256;
 
-// Which of the 192 columns tile `tile` of the packed first layer starts at: the columns of a pair's first warp, then
-// those of its second.
+// Which of the 192 columns tile `tile` of the packed first layer starts at: first the columns of a pair's first warp,
+// then those of its second; of either eight tiles of a hidden layer, two of b1, two of V's hidden layer.
 __host__ __device__ constexpr int first_column(int tile) {
   const int half = tile / 12, j = tile % 12;
   if (j < 8) return kMonotonicHidden * half + 8 * j;
@@ -704,8 +704,7 @@ __global__ void __launch_bounds__((kFull ? kMostWarpsFull : kMostWarps) * kWarp,
   const int n_rows = static_cast<int>(p.rows), tile_rows = static_cast<int>(blockDim.x / kWarp) * kRows;
   Stream<BackwardChunks> stream({p.packed, at, p.agents}, memory, cut);
 
-  // A warp reads its activations three times in a tile and has to wait each time; from the second-level cache it is
-  // short.
+  // A warp waits for activations twice in a tile, for less time where they are in the second-level cache.
   const auto look_ahead = [&](int tile) {
     constexpr int kLine = 32;  // floats
     const int first_row = tile * tile_rows + thread / kWarp * kRows;
@@ -820,7 +819,7 @@ __global__ void __launch_bounds__((kFull ? kMostWarpsFull : kMostWarps) * kWarp,
 constexpr int kOldest = 80;  // capability with tf32 and asynchronous copies
 
 // How many of `items` (pairs of warps, or warps) a block has. Every multiprocessor gets a block and the same number of
-// tiles, or one less: 29 items for each where a block takes 16 at most are two tiles of 15.
+// tiles, or one less: 30 items for each where a block takes 12 at most are three tiles of 10.
 int64_t per_block(int64_t items, int most, int multiprocessors) {
   const int64_t each = ceil_div(items, multiprocessors);
   return ceil_div(each, ceil_div(each, most));
