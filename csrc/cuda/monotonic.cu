@@ -16,17 +16,21 @@
 // Backward: a warp has 16 rows, all columns. It generates the weights again from the hidden layers that forward kept,
 // and holds of each hidden layer both the values and the sum of the gradients; two tiles of rows would not fit beside
 // each other, and reading the activations and writing their gradients takes as long as shared memory does.
-#include <atomic>
-
-#include "cuda/launch.cuh"
+#include "cuda/launch.h"
 #include "cuda/mma.cuh"
 #include "fastmix/monotonic.h"
 
 namespace fastmix {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
+using FASTMIX_ISA::ceil_div;
+using FASTMIX_ISA::current_device;
+using FASTMIX_ISA::Device;
+using FASTMIX_ISA::kAllLanes;
+using FASTMIX_ISA::kWarp;
+using FASTMIX_ISA::launch;
+using FASTMIX_ISA::launched;
+
 constexpr int kStep = MonotonicPacked::kFirstStep, kMatrix = MonotonicPacked::kMatrix;
 constexpr int kForward = MonotonicPacked::kForward, kUnit = MonotonicPacked::kUnit;
 constexpr int kHidden1 = 0, kHidden2 = kMonotonicHidden, kMix = 2 * kMonotonicHidden, kV = kMix + kMonotonicEmbed;
@@ -814,8 +818,6 @@ __global__ void __launch_bounds__((kFull ? kMostWarpsFull : kMostWarps) * kWarp,
 
 constexpr int kOldest = 80;  // capability with tf32 and asynchronous copies
 
-int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
-
 // How many of `items` (pairs of warps, or warps) a block has. Every multiprocessor gets a block and the same number of
 // tiles, or one less: 30 items for each where a block takes 12 at most are three tiles of 10.
 int64_t per_block(int64_t items, int most, int multiprocessors) {
@@ -854,19 +856,10 @@ const char* too_old(const Device& device) {
   return device.capability < kOldest ? "it needs a GPU of compute capability 8.0 or above" : nullptr;
 }
 
-template <auto kKernel, class... Args>
-const char* launch(const Device& device, const Launch& l, void* stream, const Args&... args) {
-  // More shared memory than blocks may have without asking; asked for once, as it costs host time.
-  static std::atomic<size_t> allowed[kMostDevices] = {};
-  std::atomic<size_t>& here = allowed[device.index % kMostDevices];
-  if (here.load(std::memory_order_relaxed) < l.shared) {
-    const auto bytes = static_cast<int>(l.shared);
-    const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return launched();
-    here.store(l.shared, std::memory_order_relaxed);
-  }
-  kKernel<<<l.blocks, l.threads, l.shared, static_cast<cudaStream_t>(stream)>>>(args...);
-  return launched();
+template <auto kKernel, class Params>
+const char* launch_plan(const Device& device, const Launch& l, void* stream, const Params& p,
+                        const MonotonicPacked& at) {
+  return launch<kKernel>(device, l.blocks, l.threads, l.shared, stream, p, at, l.cut);
 }
 
 }  // namespace
@@ -890,11 +883,11 @@ const char* monotonic_forward_cuda(const MonotonicForwardCuda& p, void* stream) 
   const bool even = p.state_dim % 2 == 0 && p.states.outer_stride % 2 == 0 && p.states.inner_stride % 2 == 0 &&
                     reinterpret_cast<uintptr_t>(p.states.data) % sizeof(float2) == 0;
   if (p.full_precision) {
-    return even ? launch<forward_kernel<true, true>>(device, l, stream, p, at, l.cut)
-                : launch<forward_kernel<true, false>>(device, l, stream, p, at, l.cut);
+    return even ? launch_plan<forward_kernel<true, true>>(device, l, stream, p, at)
+                : launch_plan<forward_kernel<true, false>>(device, l, stream, p, at);
   }
-  return even ? launch<forward_kernel<false, true>>(device, l, stream, p, at, l.cut)
-              : launch<forward_kernel<false, false>>(device, l, stream, p, at, l.cut);
+  return even ? launch_plan<forward_kernel<false, true>>(device, l, stream, p, at)
+              : launch_plan<forward_kernel<false, false>>(device, l, stream, p, at);
 }
 
 const char* monotonic_backward_rows_cuda(const MonotonicBackwardRowsCuda& p, void* stream) {
@@ -904,8 +897,8 @@ const char* monotonic_backward_rows_cuda(const MonotonicBackwardRowsCuda& p, voi
   const MonotonicPacked at = monotonic_packed(p.agents, p.state_dim);
   const Launch l = plan<BackwardChunks>(device, ceil_div(p.rows, kRows), p.full_precision ? kMostWarpsFull : kMostWarps,
                                         1, 0, BackwardChunks(p.packed, at, p.agents).count);
-  return p.full_precision ? launch<backward_rows_kernel<true>>(device, l, stream, p, at, l.cut)
-                          : launch<backward_rows_kernel<false>>(device, l, stream, p, at, l.cut);
+  return p.full_precision ? launch_plan<backward_rows_kernel<true>>(device, l, stream, p, at)
+                          : launch_plan<backward_rows_kernel<false>>(device, l, stream, p, at);
 }
 
 }  // namespace fastmix

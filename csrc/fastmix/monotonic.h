@@ -147,7 +147,7 @@ struct MonotonicBackwardWeightsCuda : MonotonicCudaShape {
   const float* grad_q_tot;
   const float* activations;
   const float* grad_activations;
-  const uint32_t* signs;              // read with Positivity::abs
+  const uint32_t* signs;              // null but with Positivity::abs
   float* parts;                       // [monotonic_parts_cuda(shape)], to work with
   MonotonicWeights<float> gradients;  // all wanted
 };
