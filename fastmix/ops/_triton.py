@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmix.ops._precision import float32_precision
+
 INTERPRETED: Final = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether kernels run in Triton's interpreter, on CPU tensors; fixed when this module is imported, as in Triton."""
 
@@ -39,14 +41,7 @@ def dot_precision(dtype: torch.dtype) -> str:
     """
     if dtype != torch.float32:
         return "none"
-    return "tf32x3" if _library_precision() == "highest" else "tf32"
-
-
-def _library_precision() -> str:
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # set through torch.backends.cuda.matmul.fp32_precision, which the older call cannot read
-        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+    return "tf32x3" if float32_precision() == "highest" else "tf32"
 
 
 @cache

@@ -82,7 +82,8 @@ def compile_library(folder: Path, kernels: Path, sources: Sequence[Path] = (), f
 def core(op: str) -> ModuleType:
     """The bindings of ``op`` as in a core with CUDA, on emulated kernels. Of its CPU functions only names are there.
 
-    ``descending(True)`` makes the threads of a block run in the opposite order.
+    ``descending(True)`` makes the threads of a block run in the opposite order; ``multiprocessors(n)`` is how many
+    there seem to be.
     """
     pybind11 = pytest.importorskip("pybind11", reason="the emulated kernels are called through the bindings")
     folder = Path(tempfile.mkdtemp(prefix=f"fastmix-{op}-"))
@@ -94,15 +95,17 @@ namespace fastmix::bindings {{
 void register_{op}(pybind11::module_& m);
 }}
 extern "C" void emulation_descending(bool on);
+extern "C" void emulation_multiprocessors(int count);
 PYBIND11_MODULE({name}, m) {{
   fastmix::bindings::register_{op}(m);
   m.def("descending", &emulation_descending);
+  m.def("multiprocessors", &emulation_multiprocessors);
 }}
 """
     )
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", f"-I{ROOT / 'bindings'}"]
     flags = [*includes, "-DFASTMIX_CUDA", "-fvisibility=hidden"]
-    sources = [module, ROOT / "bindings" / f"{op}.cpp"]
+    sources = [module, ROOT / "bindings" / f"{op}.cpp", ROOT / "csrc" / "cpu" / "workspace.cpp"]
     library = compile_library(folder, ROOT / "csrc" / "cuda" / f"{op}.cu", sources, flags)
     spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None and spec.loader is not None

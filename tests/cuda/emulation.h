@@ -69,10 +69,13 @@ using cudaStream_t = void*;
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 
 namespace emulation {
 
-std::string error;  // of the last launch; empty when it went well
+std::string error;          // of the last launch; empty when it went well
+int multiprocessors = 132;  // that kernels plan their launches for
+constexpr size_t kMostShared = 227 * 1024;
 
 }  // namespace emulation
 
@@ -88,6 +91,14 @@ template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? emulation::multiprocessors : emulation::kMostShared;
+  return cudaSuccess;
+}
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t = nullptr) {
   std::memset(to, value, bytes);
   return cudaSuccess;
@@ -99,7 +110,7 @@ namespace emulation {
 
 constexpr int kLanes = 32;
 constexpr size_t kStack = 256 * 1024, kPage = 4096, kValue = 128;  // bytes; kValue: what a lane may exchange at once
-constexpr size_t kStaticShared = 48 * 1024, kMostShared = 227 * 1024;
+constexpr size_t kStaticShared = 48 * 1024;
 constexpr unsigned kMostThreads = 1024;
 
 // Where the threads of a set meet. Values lie in two sets of slots by turns: whoever deposits in one has read the
@@ -354,6 +365,7 @@ void launch(const Config& c, const Kernel& kernel) {
 }  // namespace emulation
 
 extern "C" void emulation_descending(bool on) { emulation::descending = on; }
+extern "C" void emulation_multiprocessors(int count) { emulation::multiprocessors = count; }
 
 // --- Barriers, votes, shuffles ---------------------------------------------------------------------------------------
 
@@ -404,8 +416,6 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = warpSize) {
   const emulation::Brought<T> brought(mask, value);
   return from < (lane & ~(width - 1)) + width ? brought[from] : value;
 }
-
-// Matrix units (mma.sync and its loads) go here, on top of emulation::Brought.
 
 // --- Memory and arithmetic -------------------------------------------------------------------------------------------
 
@@ -483,3 +493,5 @@ inline float __int_as_float(int x) { return emulation::same_bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return emulation::same_bits<float>(x); }
 inline long long __double_as_longlong(double x) { return emulation::same_bits<long long>(x); }
 inline double __longlong_as_double(long long x) { return emulation::same_bits<double>(x); }
+
+#include "instructions.h"

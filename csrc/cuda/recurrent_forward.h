@@ -1,0 +1,553 @@
+// Forward kernels of `recurrent`: the input layer of all rows and steps at once, then one block per few rows that walks
+// over the steps.
+#pragma once
+
+#include "cuda/recurrent_numbers.h"
+#include "fastmix/recurrent.h"
+
+namespace fastmix::FASTMIX_ISA {
+
+// ---- What lies in memory ----
+
+// Kept for the backward pass, rows and steps as they come in time: the states before each step and behind the last, the
+// outputs of the input layer, both as planes of half precision numbers next to each other, and the unit of each of the
+// latter's rows.
+struct Saved {
+  uint16_t* states;  // [T + 1, R, planes, D]; null where nothing is kept
+  uint16_t* x;       // [T, R, planes, D]
+  float* x_unit;     // [T, R]
+
+  __host__ __device__ Saved(void* memory, bool with_states, int64_t steps, int64_t rows, int64_t width, int planes) {
+    auto* halves = static_cast<uint16_t*>(memory);
+    const int64_t step = rows * planes * width;
+    states = with_states ? halves : nullptr;
+    x = halves + (with_states ? (steps + 1) * step : 0);
+    x_unit = reinterpret_cast<float*>(x + steps * step);
+  }
+  static int64_t bytes(bool with_states, int64_t steps, int64_t rows, int64_t width, int planes) {
+    return ((with_states ? 2 * steps + 1 : steps) * planes * width * 2 + steps * 4) * rows;
+  }
+};
+
+// Lays arrays out one behind the other, on the host only to learn their size.
+class Arrays {
+ public:
+  __host__ __device__ explicit Arrays(unsigned char* memory) : memory_(memory) {}
+  template <class T>
+  __host__ __device__ T* take(int64_t count) {
+    T* array = reinterpret_cast<T*>(memory_ + bytes_);
+    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+    return array;
+  }
+  __host__ __device__ int64_t bytes() const { return bytes_; }
+
+ private:
+  unsigned char* memory_;
+  int64_t bytes_ = 0;
+};
+
+// Rows are (episode, agent) pairs. Where the results of a row's first step lie, in rows of [B, T, A].
+__device__ __forceinline__ int64_t result_row(const RecurrentShape& s, int64_t row) {
+  const int64_t episode = row / s.agents;
+  return episode * s.steps * s.agents + (row - episode * s.agents);
+}
+
+// ---- Input layer ----
+
+// Columns of the input layer's product: observation, one-hot action, one-hot agent and a one, for the bias.
+struct InputColumns {
+  int64_t obs, actions, agents;  // where each begins; agents == all without agent ids
+  int64_t all;                   // without the one
+
+  __device__ __forceinline__ InputColumns(const RecurrentShape& s, int64_t n_actions)
+      : obs(0), actions(s.obs_size), agents(s.obs_size + n_actions), all(agents + s.ids) {}
+  // The column of a row's action, -1 for none.
+  __device__ __forceinline__ int action(int64_t action) const {
+    return action >= 0 && action < agents - actions ? static_cast<int>(actions + action) : -1;
+  }
+  __device__ __forceinline__ int agent(int64_t agent) const {
+    return agents < all ? static_cast<int>(agents + agent) : -1;
+  }
+};
+
+constexpr int kInputRows = 128, kInputColumns = 32, kInputThreads = 256;
+constexpr int kInputStride = kInputColumns + 8;  // two neighbours of four rows in different banks
+
+template <int kWidth>
+struct InputMemory {
+  float inputs[2][kInputRows][kInputStride];
+  float weights[2][kWidth][kInputStride];
+  int64_t offset[kInputRows];  // of an observation
+  int action[kInputRows], agent[kInputRows];
+};
+
+// x = relu(inputs W1^T + b1) of 128 rows, and each row's unit. A lane has, of a row, kWidth / 4 neighbouring features:
+// that is how the weights' rows are ordered in shared memory.
+template <int kWidth, int kPlanes>
+__global__ void __launch_bounds__(kInputThreads) input_kernel(const __grid_constant__ RecurrentCudaForward p) {
+  constexpr int kTiles = kWidth / 8;
+  extern __shared__ __align__(16) unsigned char memory[];
+  auto& shared = *reinterpret_cast<InputMemory<kWidth>*>(memory);
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
+  const auto& network = p.network[blockIdx.y];
+  const int64_t rows = p.episodes * p.agents, total = rows * p.steps;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kInputRows;
+  const InputColumns columns(p, network.actions);
+
+  for (int i = threadIdx.x; i < kInputRows; i += kInputThreads) {
+    const int64_t step = (first + i) / rows, row = first + i - step * rows;
+    const int64_t episode = row / p.agents, agent = row - episode * p.agents;
+    const bool valid = first + i < total;
+    shared.offset[i] = valid ? episode * p.obs_stride[0] + step * p.obs_stride[1] + agent * p.obs_stride[2] : 0;
+    shared.action[i] = -1;
+    if (valid && p.last_actions != nullptr) {
+      const int64_t at = episode * p.action_stride[0] + step * p.action_stride[1] + agent * p.action_stride[2];
+      shared.action[i] = columns.action(p.last_actions[at]);
+    }
+    shared.agent[i] = columns.agent(agent);
+  }
+  __syncthreads();
+
+  const auto load = [&](int buffer, int64_t start) {
+    const int64_t k = start + lane;
+    for (int i = warp; i < kInputRows; i += kInputThreads / kLanes) {
+      float* to = &shared.inputs[buffer][i][lane];
+      if (k < columns.actions) {
+        copy_4(to, p.obs + shared.offset[i] + k, first + i < total);
+      } else {
+        *to = k == shared.action[i] || k == shared.agent[i] || k == columns.all ? 1.0f : 0.0f;
+      }
+    }
+    for (int i = warp; i < kWidth; i += kInputThreads / kLanes) {
+      float* to = &shared.weights[buffer][i][lane];
+      const int feature = i % 8 / 2 * (kWidth / 4) + i / 8 * 2 + i % 2;
+      if (k < columns.all) {
+        copy_4(to, network.weights.fc1_weight + feature * columns.all + k, true);
+      } else {
+        *to = k == columns.all ? network.weights.fc1_bias[feature] : 0.0f;
+      }
+    }
+    close_copies();
+  };
+
+  float sums[kTiles][4] = {};
+  load(0, 0);
+  int buffer = 0;
+  for (int64_t start = 0; start <= columns.all; start += kInputColumns, buffer ^= 1) {
+    if (start + kInputColumns <= columns.all) {
+      load(buffer ^ 1, start + kInputColumns);
+      wait_copies<1>();
+    } else {
+      wait_copies<0>();
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kInputColumns; k += 8) {
+      const float2 upper = *reinterpret_cast<const float2*>(&shared.inputs[buffer][16 * warp + g][k + 2 * t]);
+      const float2 lower = *reinterpret_cast<const float2*>(&shared.inputs[buffer][16 * warp + g + 8][k + 2 * t]);
+      const Tf32<kPlanes, 4> inputs({upper.x, lower.x, upper.y, lower.y});
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const float2 weights = *reinterpret_cast<const float2*>(&shared.weights[buffer][8 * tile + g][k + 2 * t]);
+        multiply(sums[tile], inputs, Tf32<kPlanes, 2>({weights.x, weights.y}));
+      }
+    }
+    __syncthreads();
+  }
+
+  const Saved saved(network.saved, network.save, p.steps, rows, kWidth, kPlanes);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t row = first + 16 * warp + g + 8 * half;
+    float largest = 0;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& x = sums[tile][2 * half + e];
+        x = x <= 0 ? 0.0f : x;  // NaN stays
+        largest = fmaxf(largest, x);
+      }
+    }
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+    const float unit = unit_of(largest), scale = inverse(unit);
+    uint32_t words[kPlanes][kTiles];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const float a = sums[tile][2 * half] * scale, b = sums[tile][2 * half + 1] * scale;
+      uint32_t planes[kPlanes] = {pack_half(a, b)};
+      // The backward pass asks whether they are above zero.
+      if (a > 0 && (planes[0] & 0xffffu) == 0) planes[0] |= 1;
+      if (b > 0 && (planes[0] >> 16) == 0) planes[0] |= 1u << 16;
+      add_rest(planes, a, b);
+#pragma unroll
+      for (int plane = 0; plane < kPlanes; ++plane) words[plane][tile] = planes[plane];
+    }
+    if (row >= total) continue;
+    if (t == 0) saved.x_unit[row] = unit;
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      auto* to = reinterpret_cast<uint4*>(saved.x + (row * kPlanes + plane) * kWidth + kWidth / 4 * t);
+#pragma unroll
+      for (int i = 0; i < kTiles; i += 4) {
+        to[i / 4] = make_uint4(words[plane][i], words[plane][i + 1], words[plane][i + 2], words[plane][i + 3]);
+      }
+    }
+  }
+}
+
+// ---- Walk over the steps ----
+
+// What a cell makes of its sums, in the order of a tile of results.
+struct Cell {
+  float r[4], z[4], n[4], hn[4];  // gates, and what the reset gate is multiplied with
+};
+
+// `inputs` holds the gates' sums over x with all biases but that of `hn`.
+template <int kPlanes, int kSteps>
+__device__ __forceinline__ Cell cell_of(const float (&inputs)[3][4], const Sums<kPlanes> (&sums)[3],
+                                        const Weights<kPlanes, kSteps> (&w)[3], const float (&bias)[2]) {
+  Cell cell;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    cell.r[i] = sigmoid(inputs[0][i] + sums[0].value(i) * w[0].unit[i / 2]);
+    cell.hn[i] = sums[2].value(i) * w[2].unit[i / 2] + bias[i / 2];
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    cell.z[i] = sigmoid(inputs[1][i] + sums[1].value(i) * w[1].unit[i / 2]);
+    cell.n[i] = tangent<kPlanes>(inputs[2][i] + cell.r[i] * cell.hn[i]);
+  }
+  return cell;
+}
+
+__device__ __forceinline__ void to_array(float (&values)[4], float4 v) {
+  values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
+}
+__device__ __forceinline__ float4 to_vector(const float (&values)[4]) {
+  return make_float4(values[0], values[1], values[2], values[3]);
+}
+
+// Rows of x or of states in shared memory, for `kStages` steps that are on their way or in use.
+template <int kWidth, int kPlanes, int kStages>
+struct RowRing {
+  unsigned char* bytes;  // [stage][plane][row]
+  int rows;
+
+  __host__ __device__ static int64_t size(int rows) { return kStages * kPlanes * rows * kRowBytes<kWidth>; }
+  __device__ __forceinline__ unsigned char* row(int step, int plane, int i) const {
+    return bytes + ((step % kStages * kPlanes + plane) * rows + i) * kRowBytes<kWidth>;
+  }
+  // Copies rows [planes, width] from `from`; those from `valid` on become zeros.
+  __device__ __forceinline__ void load(int step, const uint16_t* from, int64_t valid, int thread, int threads) const {
+    constexpr int kPieces = kWidth / 8;  // of 16 bytes
+    for (int i = thread; i < rows * kPlanes * kPieces; i += threads) {
+      const int piece = i % kPieces, plane = i / kPieces % kPlanes, r = i / (kPieces * kPlanes);
+      const bool exists = r < valid;
+      copy_16(row(step, plane, r) + 16 * piece, exists ? from + 8 * static_cast<int64_t>(i) : from, exists);
+    }
+  }
+  // Columns 16 * part + 4t ... of row g of a tile.
+  __device__ __forceinline__ void read(uint2 (&other)[kPlanes], int step, int tile, int part, int g, int t) const {
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      other[plane] = *reinterpret_cast<const uint2*>(row(step, plane, kRowsPerTile * tile + g) + 32 * part + 8 * t);
+    }
+  }
+};
+
+// Shared by both walks: what warp `slice` makes of x for the gates of its 16 features, sent to the lanes that need it.
+template <int kWidth, int kPlanes>
+struct InputGates {
+  static constexpr int kSlices = kWidth / 16;
+  Weights<kPlanes, kSlices> w[3];
+  float bias[3][2];
+
+  __device__ __forceinline__ InputGates(const RecurrentWeights<const float>& weights, int slice, int g, int t) {
+#pragma unroll
+    for (int gate = 0; gate < 3; ++gate) {
+      load_rows<kWidth>(w[gate], weights.weight_ih + gate * kWidth * kWidth, slice, g, t);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int feature = gate * kWidth + 16 * slice + 2 * g + e;
+        bias[gate][e] = weights.bias_ih[feature] + (gate < 2 ? weights.bias_hh[feature] : 0.0f);
+      }
+    }
+  }
+  // `unit` are those of rows 2t and 2t + 1.
+  template <class Ring>
+  __device__ __forceinline__ void send(float4* to, const Ring& x, int step, int tile, float2 unit, int lane) const {
+    Sums<kPlanes> sums[3];
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) {
+      uint2 other[kPlanes];
+      x.read(other, step, tile, s, lane / 4, lane % 4);
+#pragma unroll
+      for (int gate = 0; gate < 3; ++gate) multiply(sums[gate], w[gate], s, other);
+    }
+#pragma unroll
+    for (int gate = 0; gate < 3; ++gate) {
+      float values[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        values[i] = sums[gate].value(i) * (w[gate].unit[i / 2] * (i % 2 == 0 ? unit.x : unit.y)) + bias[gate][i / 2];
+      }
+      to[gate * kLanes + lane] = to_vector(values);
+    }
+  }
+};
+
+constexpr int kForwardStages = 4;
+
+template <int kWidth, int kPlanes>
+struct ForwardMemory {
+  static constexpr int kSlices = kWidth / 16;
+  Tile<kPlanes, kSlices>* states;              // [2][tiles]: before and behind a step
+  float4* gates;                               // [2][tiles][slice][gate][lane]
+  float4* state;                               // [tiles][slice][lane], in full precision, each lane its own
+  RowRing<kWidth, kPlanes, kForwardStages> x;  //
+  float* x_unit;                               // [stage][rows]
+  int64_t* result;                             // [rows]
+  uint4* fc2;                                  // [16 outputs][plane][slice][lane]
+  float *fc2_unit, *fc2_bias;                  // [outputs]
+  int64_t bytes;
+
+  __host__ __device__ ForwardMemory(unsigned char* memory, int tiles, int output_tiles) {
+    Arrays arrays(memory);
+    const int rows = tiles * kRowsPerTile;
+    states = arrays.take<Tile<kPlanes, kSlices>>(2 * tiles);
+    gates = arrays.take<float4>(2 * tiles * kSlices * 3 * kLanes);
+    state = arrays.take<float4>(tiles * kSlices * kLanes);
+    x = {arrays.take<unsigned char>(x.size(rows)), rows};
+    x_unit = arrays.take<float>(kForwardStages * rows);
+    result = arrays.take<int64_t>(rows);
+    fc2 = arrays.take<uint4>(output_tiles * kPlanes * kSlices * kLanes);
+    fc2_unit = arrays.take<float>(16 * output_tiles);
+    fc2_bias = arrays.take<float>(16 * output_tiles);
+    bytes = arrays.bytes();
+  }
+};
+
+// Half of the warps carry the states of 16 features each from step to step. The other half work around them: they make
+// the gates' sums over x one step ahead, and from the states one step behind the outputs, and copy both ways. All meet
+// once per step.
+template <int kWidth, int kPlanes>
+__global__ void __launch_bounds__(4 * kWidth)
+    forward_kernel(const __grid_constant__ RecurrentCudaForward p, int tiles) {
+  constexpr int kSlices = kWidth / 16, kThreads = 4 * kWidth;
+  extern __shared__ __align__(16) unsigned char memory[];
+  const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
+  const int warp = threadIdx.x / kLanes, slice = warp % kSlices;
+  const auto& network = p.network[blockIdx.y];
+  const int outputs = network.q == nullptr ? 0 : static_cast<int>(network.outputs), output_tiles = (outputs + 15) / 16;
+  const ForwardMemory<kWidth, kPlanes> shared(memory, tiles, output_tiles);
+  const int64_t rows = p.episodes * p.agents, first = static_cast<int64_t>(blockIdx.x) * tiles * kRowsPerTile;
+  const int64_t valid = rows - first;
+  const int steps = static_cast<int>(p.steps);
+  const Saved saved(network.saved, network.save, steps, rows, kWidth, kPlanes);
+
+  for (int i = threadIdx.x; i < tiles * kRowsPerTile; i += kThreads) {
+    shared.result[i] = i < valid ? result_row(p, first + i) : 0;
+  }
+
+  if (warp < kSlices) {
+    Weights<kPlanes, kSlices> w[3];
+    float bias[2];
+#pragma unroll
+    for (int gate = 0; gate < 3; ++gate) {
+      load_rows<kWidth>(w[gate], network.weights.weight_hh + gate * kWidth * kWidth, slice, g, t);
+    }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) bias[e] = network.weights.bias_hh[2 * kWidth + 16 * slice + 2 * g + e];
+
+    const auto send = [&](Tile<kPlanes, kSlices>* states, int tile, const float (&h)[4]) {
+      shared.state[(tile * kSlices + slice) * kLanes + lane] = to_vector(h);
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        uint32_t planes[kPlanes];
+        to_planes(planes, h[c], h[2 + c]);
+        states[tile].write(slice, g, 2 * t + c, planes);
+      }
+    };
+    // Stores this lane's part of a tile into rows of [.., D] at `row(c) * D`.
+    const auto store = [&](float* to, int tile, const float (&h)[4], const auto& row) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int i = kRowsPerTile * tile + 2 * t + c;
+        if (i >= valid) continue;
+        float* features = to + row(i) * kWidth + 16 * slice + 2 * g;
+        features[0] = h[c];
+        features[1] = h[2 + c];
+      }
+    };
+    const auto multiply_states = [&](Sums<kPlanes>(&sums)[3], const Tile<kPlanes, kSlices>& state) {
+#pragma unroll
+      for (auto& sum : sums) sum = Sums<kPlanes>();
+#pragma unroll
+      for (int s = 0; s < kSlices; ++s) {
+        uint2 other[kPlanes];
+        state.read(other, s, g, t);
+        multiply(sums[0], w[0], s, other);
+        multiply(sums[2], w[2], s, other);
+        multiply(sums[1], w[1], s, other);
+      }
+    };
+
+    for (int tile = 0; tile < tiles; ++tile) {
+      float h[4] = {};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = kRowsPerTile * tile + 2 * t + i % 2;
+        if (network.hidden == nullptr || row >= valid) continue;
+        h[i] = network.hidden[(first + row) * kWidth + 16 * slice + 2 * g + i / 2];
+      }
+      send(shared.states, tile, h);
+    }
+    meet(kThreads);  // for the others
+    meet(kThreads);
+    for (int step = 0; step < steps; ++step) {
+      const int now = step % 2;
+      const Tile<kPlanes, kSlices>* before = shared.states + now * tiles;
+      Tile<kPlanes, kSlices>* behind = shared.states + (1 - now) * tiles;
+      const float4* gates = shared.gates + (now * tiles * kSlices + slice) * 3 * kLanes + lane;
+      Sums<kPlanes> sums[3], ahead[3];
+      multiply_states(ahead, before[0]);
+      for (int tile = 0; tile < tiles; ++tile, gates += kSlices * 3 * kLanes) {
+#pragma unroll
+        for (int gate = 0; gate < 3; ++gate) sums[gate] = ahead[gate];
+        if (tile + 1 < tiles) multiply_states(ahead, before[tile + 1]);  // under way while the gates are computed
+        float inputs[3][4], h[4];
+#pragma unroll
+        for (int gate = 0; gate < 3; ++gate) to_array(inputs[gate], gates[gate * kLanes]);
+        to_array(h, shared.state[(tile * kSlices + slice) * kLanes + lane]);
+        const Cell cell = cell_of(inputs, sums, w, bias);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) h[i] = cell.n[i] + cell.z[i] * (h[i] - cell.n[i]);
+        send(behind, tile, h);
+        if (network.hidden_states != nullptr) {
+          store(network.hidden_states, tile, h, [&](int i) { return shared.result[i] + step * p.agents; });
+        }
+      }
+      meet(kThreads);
+    }
+    for (int tile = 0; tile < tiles; ++tile) {
+      float h[4];
+      to_array(h, shared.state[(tile * kSlices + slice) * kLanes + lane]);
+      store(network.last_hidden, tile, h, [&](int i) { return first + i; });
+    }
+    return;
+  }
+
+  const InputGates<kWidth, kPlanes> input_gates(network.weights, slice, g, t);
+  for (int tile = slice; tile < output_tiles; tile += kSlices) {
+    Weights<kPlanes, kSlices> w;
+    const int output = 16 * tile + 2 * g;
+    load_weights(w, [&](float (&values)[2][4], int s) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int column = 16 * s + Neighbours()(t, i);
+          values[e][i] = output + e < outputs ? network.weights.fc2_weight[(output + e) * kWidth + column] : 0.0f;
+        }
+      }
+    });
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+#pragma unroll
+      for (int s = 0; s < kSlices; ++s) {
+        const auto& part = w.part[plane][s];
+        shared.fc2[((tile * kPlanes + plane) * kSlices + s) * kLanes + lane] =
+            make_uint4(part[0], part[1], part[2], part[3]);
+      }
+    }
+    if (t == 0) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        shared.fc2_unit[output + e] = w.unit[e];
+        shared.fc2_bias[output + e] = output + e < outputs ? network.weights.fc2_bias[output + e] : 0.0f;
+      }
+    }
+  }
+
+  const int thread = threadIdx.x - kThreads / 2;
+  const auto load = [&](int step) {
+    if (step < steps) {
+      const int64_t row = step * rows + first;
+      shared.x.load(step, saved.x + row * kPlanes * kWidth, valid, thread, kThreads / 2);
+      for (int i = thread; i < tiles * kRowsPerTile; i += kThreads / 2) {
+        float* to = shared.x_unit + step % kForwardStages * tiles * kRowsPerTile + i;
+        copy_4(to, i < valid ? saved.x_unit + row + i : saved.x_unit, i < valid);
+      }
+    }
+    close_copies();
+  };
+  const auto send_gates = [&](int step) {
+    if (step >= steps) return;
+    float4* gates = shared.gates + (step % 2 * tiles * kSlices + slice) * 3 * kLanes;
+    const float* unit = shared.x_unit + step % kForwardStages * tiles * kRowsPerTile;
+    for (int tile = 0; tile < tiles; ++tile) {
+      const float2 units = *reinterpret_cast<const float2*>(unit + kRowsPerTile * tile + 2 * t);
+      input_gates.send(gates + tile * kSlices * 3 * kLanes, shared.x, step, tile, units, lane);
+    }
+  };
+  // The state before a step goes to memory, and the output it belongs to, that of the step before.
+  const auto leave = [&](int step) {
+    for (int tile = 0; tile < tiles; ++tile) {
+      const Tile<kPlanes, kSlices>& state = shared.states[step % 2 * tiles + tile];
+      if (saved.states != nullptr && kRowsPerTile * tile + g < valid) {
+        uint2 planes[kPlanes];
+        state.read(planes, slice, g, t);
+        const int64_t row = step * rows + first + kRowsPerTile * tile + g;
+#pragma unroll
+        for (int plane = 0; plane < kPlanes; ++plane) {
+          *reinterpret_cast<uint2*>(saved.states + (row * kPlanes + plane) * kWidth + 16 * slice + 4 * t) =
+              planes[plane];
+        }
+      }
+      if (step == 0) continue;
+      for (int m = slice; m < output_tiles; m += kSlices) {
+        Sums<kPlanes> sums;
+#pragma unroll
+        for (int s = 0; s < kSlices; ++s) {
+          uint2 other[kPlanes];
+          state.read(other, s, g, t);
+          Weights<kPlanes, 1> w;
+#pragma unroll
+          for (int plane = 0; plane < kPlanes; ++plane) {
+            const uint4 v = shared.fc2[((m * kPlanes + plane) * kSlices + s) * kLanes + lane];
+            w.part[plane][0][0] = v.x, w.part[plane][0][1] = v.y, w.part[plane][0][2] = v.z, w.part[plane][0][3] = v.w;
+          }
+          multiply(sums, w, 0, other);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = kRowsPerTile * tile + 2 * t + i % 2, output = 16 * m + 2 * g + i / 2;
+          if (row >= valid || output >= outputs) continue;
+          network.q[(shared.result[row] + (step - 1) * p.agents) * outputs + output] =
+              sums.value(i) * shared.fc2_unit[output] + shared.fc2_bias[output];
+        }
+      }
+    }
+  };
+
+  for (int step = 0; step < kForwardStages - 1; ++step) load(step);
+  wait_copies<kForwardStages - 2>();
+  meet(kThreads);
+  send_gates(0);
+  load(kForwardStages - 1);
+  wait_copies<kForwardStages - 2>();
+  meet(kThreads);
+  for (int step = 0; step < steps; ++step) {
+    load(step + kForwardStages);
+    send_gates(step + 1);
+    leave(step);
+    wait_copies<kForwardStages - 2>();
+    meet(kThreads);
+  }
+  leave(steps);
+  wait_copies<0>();
+}
+
+}  // namespace fastmix::FASTMIX_ISA

@@ -1,0 +1,256 @@
+// How the kernels of `recurrent` hold numbers, multiply them, and hand them from warp to warp.
+//
+// All products with recurrent weights are made of half precision factors, which the matrix unit multiplies twice as
+// fast as tf32. A half precision number has the 11 significant bits of a tf32 number but not its range, so everything
+// carries a power of two per row: weights their row's, inputs and gradients that of their (step, row). kPlanes is how
+// many half precision numbers stand for one float: 1 keeps as much as one tf32 product does; 2 adds what the first one
+// leaves, times 2^11, 22 bits together, and three products (without the smallest of the four) keep what float32 keeps.
+//
+// Blocks of eight rows (episode, agent) are the columns of a product, weights its rows: a tile of results is 16
+// features of 8 rows, of which lane 4g + t has features 2g and 2g + 1 of rows 2t and 2t + 1, in the order (2g, 2t),
+// (2g, 2t + 1), (2g + 1, 2t), (2g + 1, 2t + 1). So the gates of a feature meet in one thread, whichever warp made them.
+#pragma once
+
+#include "cuda/ptx.h"
+
+namespace fastmix::FASTMIX_ISA {
+
+constexpr int kRowsPerTile = 8, kLanes = 32;
+constexpr float kLow = 2048, kLowUnit = 1.0f / 2048;
+
+// ---- Powers of two ----
+
+// The largest power of two that is not above `size`, within 2^-100 and 2^100.
+__device__ __forceinline__ float unit_of(float size) {
+  const uint32_t bits = __float_as_uint(size) & 0x7f800000u;
+  return __uint_as_float(min(max(bits, 27u << 23), 227u << 23));
+}
+// Of a power of two.
+__device__ __forceinline__ float inverse(float unit) { return __uint_as_float(0x7f000000u - __float_as_uint(unit)); }
+
+// ---- Floats as half precision numbers ----
+
+// What planes[0] leaves of two floats.
+template <int kPlanes>
+__device__ __forceinline__ void add_rest(uint32_t (&planes)[kPlanes], float a, float b) {
+  if constexpr (kPlanes == 2) {
+    const float2 kept = unpack_half(planes[0]);
+    planes[1] = pack_half((a - kept.x) * kLow, (b - kept.y) * kLow);
+  }
+}
+template <int kPlanes>
+__device__ __forceinline__ void to_planes(uint32_t (&planes)[kPlanes], float a, float b) {
+  planes[0] = pack_half(a, b);
+  add_rest(planes, a, b);
+}
+template <int kPlanes>
+__device__ __forceinline__ float2 from_planes(const uint32_t (&planes)[kPlanes]) {
+  float2 value = unpack_half(planes[0]);
+  if constexpr (kPlanes == 2) {
+    const float2 rest = unpack_half(planes[1]);
+    value.x += rest.x * kLowUnit;
+    value.y += rest.y * kLowUnit;
+  }
+  return value;
+}
+
+// ---- Products ----
+
+// 16 rows of weights (features 2g and 2g + 1 in this lane) of 16 kSteps columns, as factors of multiply_half.
+template <int kPlanes, int kSteps>
+struct Weights {
+  uint32_t part[kPlanes][kSteps][4];
+  float unit[2];  // of the rows
+};
+
+// `read(values, s)` gives the four columns of step s that this lane has, of both rows: values[row][column].
+template <int kPlanes, int kSteps, class Read>
+__device__ __forceinline__ void load_weights(Weights<kPlanes, kSteps>& w, const Read& read) {
+  float values[kSteps][2][4], largest[2] = {0, 0};
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    read(values[s], s);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) largest[e] = fmaxf(largest[e], fabsf(values[s][e][i]));
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+#pragma unroll
+    for (int lane = 1; lane < 4; lane *= 2) {
+      largest[e] = fmaxf(largest[e], __shfl_xor_sync(0xffffffffu, largest[e], lane));
+    }
+    w.unit[e] = unit_of(largest[e]);
+    const float scale = inverse(w.unit[e]);
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t planes[kPlanes];
+        to_planes(planes, values[s][e][2 * half] * scale, values[s][e][2 * half + 1] * scale);
+#pragma unroll
+        for (int plane = 0; plane < kPlanes; ++plane) w.part[plane][s][2 * half + e] = planes[plane];
+      }
+    }
+  }
+}
+
+// Which four of a step's 16 columns a lane has. Neighbours, where the other factor is read from memory as it is: then
+// four of its numbers are one load. Or as the instruction has them, where it is read by load_matrices.
+struct Neighbours {
+  __device__ __forceinline__ int operator()(int t, int i) const { return 4 * t + i; }
+};
+struct AsInstruction {
+  __device__ __forceinline__ int operator()(int t, int i) const { return 2 * t + i % 2 + i / 2 * 8; }
+};
+
+// Rows 16 * slice + 2g + e of a matrix with kWidth columns.
+template <int kWidth, int kPlanes>
+__device__ __forceinline__ void load_rows(Weights<kPlanes, kWidth / 16>& w, const float* matrix, int slice, int g,
+                                          int t) {
+  const float* first = matrix + (16 * slice + 2 * g) * kWidth + Neighbours()(t, 0);
+  const bool aligned = reinterpret_cast<uintptr_t>(matrix) % 16 == 0;
+  load_weights(w, [&](float (&values)[2][4], int s) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float* four = first + e * kWidth + 16 * s;
+      if (aligned) {
+        const float4 v = *reinterpret_cast<const float4*>(four);
+        values[e][0] = v.x, values[e][1] = v.y, values[e][2] = v.z, values[e][3] = v.w;
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[e][i] = four[i];
+      }
+    }
+  });
+}
+
+// Columns 16 * slice + 2g + e of a matrix with kWidth of them. Steps are groups of 16 of its rows, from `first` on and
+// round to it again.
+template <int kWidth, class Column, int kPlanes, int kSteps>
+__device__ __forceinline__ void load_columns(Weights<kPlanes, kSteps>& w, const float* matrix, int slice, int g, int t,
+                                             int first = 0) {
+  load_weights(w, [&](float (&values)[2][4], int s) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* row = matrix + (16 * ((s + first) % kSteps) + Column()(t, i)) * kWidth + 16 * slice + 2 * g;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) values[e][i] = row[e];
+    }
+  });
+}
+
+// One tile of results. Several sums, so that fewer products wait for each other.
+template <int kPlanes>
+struct Sums {
+  float part[kPlanes == 1 ? 2 : 3][4] = {};
+
+  __device__ __forceinline__ float value(int i) const {
+    if constexpr (kPlanes == 1) {
+      return part[0][i] + part[1][i];
+    } else {
+      return part[0][i] + (part[1][i] + part[2][i]) * kLowUnit;
+    }
+  }
+};
+
+// Adds step s of weights times rows, whose factors are `other`.
+template <int kPlanes, int kSteps>
+__device__ __forceinline__ void multiply(Sums<kPlanes>& sums, const Weights<kPlanes, kSteps>& w, int s,
+                                         const uint2 (&other)[kPlanes]) {
+  if constexpr (kPlanes == 1) {
+    multiply_half(sums.part[s % 2], w.part[0][s], other[0].x, other[0].y);
+  } else {
+    multiply_half(sums.part[0], w.part[0][s], other[0].x, other[0].y);
+    multiply_half(sums.part[1], w.part[1][s], other[0].x, other[0].y);
+    multiply_half(sums.part[2], w.part[0][s], other[1].x, other[1].y);
+  }
+}
+
+// Floats as factors of multiply_tf32, for what has no common unit: inputs, and gradients of the outputs.
+template <int kPlanes, int kCount>
+struct Tf32 {
+  uint32_t part[kPlanes][kCount];
+
+  Tf32() = default;
+  __device__ __forceinline__ explicit Tf32(const float (&values)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      part[0][i] = to_tf32(values[i]);
+      if constexpr (kPlanes == 2) part[1][i] = to_tf32(values[i] - __uint_as_float(part[0][i]));
+    }
+  }
+};
+
+template <int kPlanes>
+__device__ __forceinline__ void multiply(float (&sum)[4], const Tf32<kPlanes, 4>& a, const Tf32<kPlanes, 2>& b) {
+  if constexpr (kPlanes == 2) {
+    multiply_tf32(sum, a.part[1], b.part[0][0], b.part[0][1]);
+    multiply_tf32(sum, a.part[0], b.part[1][0], b.part[1][1]);
+  }
+  multiply_tf32(sum, a.part[0], b.part[0][0], b.part[0][1]);
+}
+
+// Adds what `product` adds to zero, where many are added up. The matrix unit cuts its sums off, always towards zero,
+// which adds up too: to float's precision they are added by rounding.
+template <int kPlanes, class Product>
+__device__ __forceinline__ void add_product(float (&sum)[4], const Product& product) {
+  if constexpr (kPlanes == 1) {
+    product(sum);
+  } else {
+    float part[4] = {};
+    product(part);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] += part[i];
+  }
+}
+
+// ---- From warp to warp ----
+
+// Where a row's numbers lie in a tile that one warp writes as results and others read as factors: neither the lanes 4g,
+// g = 0 .. 7, with rows 2t, t = 0 .. 3, nor half a warp with four neighbouring rows may meet in a bank.
+__device__ __forceinline__ int place(int row) {
+  return (((row >> 1 & 1) | (row & 1) << 1) ^ (row >> 2 << 1)) | (row & 4);
+}
+
+// Factors of eight rows: [plane][step][row's place][four neighbouring columns].
+template <int kPlanes, int kSteps>
+struct Tile {
+  uint2 part[kPlanes][kSteps][kLanes];
+
+  // Features 2g and 2g + 1 of a step, of row 2t + c, as results have them.
+  __device__ __forceinline__ void write(int step, int g, int row, const uint32_t (&planes)[kPlanes]) {
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      auto* words = reinterpret_cast<uint32_t*>(&part[plane][step][4 * place(row) + g / 2]);
+      words[g % 2] = planes[plane];
+    }
+  }
+  __device__ __forceinline__ void read(uint2 (&other)[kPlanes], int step, int g, int t) const {
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) other[plane] = part[plane][step][4 * place(g) + t];
+  }
+};
+
+// Rows in shared memory as they lie in global memory: so far apart that four neighbours differ in their banks.
+template <int kWidth>
+constexpr int kRowBytes = 2 * kWidth % 64 == 0 ? 2 * kWidth + 32 : 2 * kWidth;
+
+// ---- Gates ----
+
+__device__ __forceinline__ float sigmoid(float x) { return fast_reciprocal(1 + fast_exp2(-1.44269504f * x)); }
+
+template <int kPlanes>
+__device__ __forceinline__ float tangent(float x) {
+  const float large = 1 - 2 * fast_reciprocal(1 + fast_exp2(2.88539008f * x));
+  if constexpr (kPlanes == 1) return large;
+  // Its difference cancels near zero; there the Taylor polynomial, whose first missing term is below 6e-8 of the value.
+  const float s = x * x;
+  const float small =
+      x + x * s * (-1.0f / 3 + s * (2.0f / 15 + s * (-17.0f / 315 + s * (62.0f / 2835 - s * (1382.0f / 155925)))));
+  return fabsf(x) < 0.35f ? small : large;
+}
+
+}  // namespace fastmix::FASTMIX_ISA
