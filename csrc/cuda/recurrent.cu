@@ -50,7 +50,7 @@ const char* forward(const RecurrentCudaForward& p, cudaStream_t stream) {
   if (tiles == 0) return "a block has too little shared memory";
 
   const auto networks = static_cast<unsigned>(p.networks);
-  const int64_t input_bytes = sizeof(InputMemory<kWidth>);
+  const int64_t input_bytes = sizeof(InputMemory<kWidth, kPlanes>);
   allow_shared(&input_kernel<kWidth, kPlanes>, input_bytes);
   const dim3 input_grid(blocks(rows * p.steps, kInputRows, INT32_MAX), networks);
   input_kernel<kWidth, kPlanes><<<input_grid, kInputThreads, input_bytes, stream>>>(p);
@@ -61,6 +61,9 @@ const char* forward(const RecurrentCudaForward& p, cudaStream_t stream) {
   forward_kernel<kWidth, kPlanes><<<grid, 4 * kWidth, bytes(tiles), stream>>>(p, tiles);
   return launched();
 }
+
+// The steps of more tiles take longer: copies may begin later, in memory that the tiles need.
+int stages_of(int tiles) { return tiles <= 2 ? 4 : 2; }
 
 // None where a kernel does not fit into a block.
 template <int kWidth, int kPlanes>
@@ -78,10 +81,11 @@ BackwardPlan plan_backward(const RecurrentCudaBackward& p, const Device& device)
   }
   if (gradients_bytes<kWidth, kPlanes>(outputs, p.obs_size) > device.shared) return plan;
   const auto bytes = [&](int tiles) {
-    return BackwardMemory<kWidth, kPlanes>(nullptr, tiles, outputs, with_states).bytes;
+    return BackwardMemory<kWidth, kPlanes>(nullptr, tiles, stages_of(tiles), outputs, with_states).bytes;
   };
   plan.tiles = choose_tiles(rows, p.networks, device, bytes);
   if (plan.tiles == 0) return plan;
+  plan.stages = stages_of(plan.tiles);
   plan.walks = blocks(rows, plan.tiles * kRowsPerTile, INT32_MAX);
   // The states' products are about three fifths of the work. A block should have rows enough to be worth its sums.
   const int64_t most = max(device.multiprocessors / p.networks, 2),
@@ -111,7 +115,7 @@ const char* backward(const RecurrentCudaBackward& p, cudaStream_t stream) {
   }
   const auto networks = static_cast<unsigned>(p.networks);
 
-  const int64_t walk_bytes = BackwardMemory<kWidth, kPlanes>(nullptr, plan.tiles, outputs, with_states).bytes;
+  const int64_t walk_bytes = BackwardMemory<kWidth, kPlanes>(nullptr, plan.tiles, plan.stages, outputs, with_states).bytes;
   allow_shared(&backward_kernel<kWidth, kPlanes>, walk_bytes);
   const dim3 walk_grid(plan.walks, networks);
   backward_kernel<kWidth, kPlanes><<<walk_grid, 6 * kWidth, walk_bytes, stream>>>(p, plan);
@@ -156,8 +160,8 @@ bool recurrent_cuda_fits(int64_t hidden_size, int64_t obs_size, int64_t outputs,
     using C = decltype(constants);
     const auto n = static_cast<int>(outputs);
     const int64_t forward = FASTMIX_ISA::ForwardMemory<C::kWidth, C::kPlanes>(nullptr, 1, (n + 15) / 16).bytes;
-    const int64_t walk = FASTMIX_ISA::BackwardMemory<C::kWidth, C::kPlanes>(nullptr, 1, n, true).bytes;
-    const int64_t input = sizeof(FASTMIX_ISA::InputMemory<C::kWidth>);
+    const int64_t walk = FASTMIX_ISA::BackwardMemory<C::kWidth, C::kPlanes>(nullptr, 1, FASTMIX_ISA::stages_of(1), n, true).bytes;
+    const int64_t input = sizeof(FASTMIX_ISA::InputMemory<C::kWidth, C::kPlanes>);
     const int64_t gradients = FASTMIX_ISA::gradients_bytes<C::kWidth, C::kPlanes>(n, obs_size);
     return max(max(forward, walk), max(input, gradients)) <= FASTMIX_ISA::Device().shared;
   });

@@ -42,6 +42,7 @@ struct Work {
 // Sizes of the launches, the same for all networks.
 struct BackwardPlan {
   int tiles, walks;           // of a block that walks, and how many such blocks
+  int stages;                 // of its copies, 2 or 4
   int states_blocks;          // of the gradients' kernel, for the weights that see states
   int inputs_blocks, shares;  // and for each share of the input layer's
   int64_t network_bytes;      // of the workspace
@@ -75,12 +76,10 @@ __host__ __device__ inline int output_stride(int outputs) { return row_stride((o
 
 // ---- Walk back over the steps ----
 
-constexpr int kBackwardStages = 3;
 constexpr int kSlopes = 5;  // of a cell: see slopes_of
 
 // What the gradient of a state is multiplied with: z and r, then what makes the gradient of the new gate's sum of it,
 // the reset gate's sum of that, and the update gate's sum of it again.
-template <int kPlanes>
 __device__ __forceinline__ void slopes_of(float (&slopes)[kSlopes][4], const Cell& cell, const float (&before)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -103,7 +102,7 @@ struct BackwardMemory {
   Tile<kPlanes, kGradients * kSlices>* gradients;       // [2][tiles]: of the gates' sums
   float* unit;                                          // [2][rows], of these
   float *largest, *largest_incoming;                    // [2][rows][slice]: of a state's gradient, and of `incoming`
-  RowRing<kWidth, kPlanes, kBackwardStages> x, states;  //
+  RowRing<kWidth, kPlanes> x, states;
   float* x_unit;                                        // [stage][rows]
   float* grad_q;                                        // [stage][rows][output_stride]
   float* grad_states;                                   // [stage][rows][D]
@@ -111,7 +110,7 @@ struct BackwardMemory {
   int64_t *result, *grad_q_row;                         // [rows]
   int64_t bytes;
 
-  __host__ __device__ BackwardMemory(unsigned char* memory, int tiles, int outputs, bool with_states) {
+  __host__ __device__ BackwardMemory(unsigned char* memory, int tiles, int stages, int outputs, bool with_states) {
     Arrays arrays(memory);
     const int rows = tiles * kRowsPerTile;
     slopes = arrays.take<float4>(2 * tiles * kSlices * kSlopes * kLanes);
@@ -122,11 +121,11 @@ struct BackwardMemory {
     unit = arrays.take<float>(2 * rows);
     largest = arrays.take<float>(2 * rows * kSlices);
     largest_incoming = arrays.take<float>(2 * rows * kSlices);
-    x = {arrays.take<unsigned char>(x.size(rows)), rows};
-    states = {arrays.take<unsigned char>(states.size(rows)), rows};
-    x_unit = arrays.take<float>(kBackwardStages * rows);
-    grad_q = arrays.take<float>(outputs == 0 ? 0 : kBackwardStages * rows * output_stride(outputs));
-    grad_states = arrays.take<float>(with_states ? kBackwardStages * rows * kWidth : 0);
+    x = {arrays.take<unsigned char>(x.size(tiles, stages)), tiles, stages};
+    states = {arrays.take<unsigned char>(states.size(tiles, stages)), tiles, stages};
+    x_unit = arrays.take<float>(stages * rows);
+    grad_q = arrays.take<float>(outputs == 0 ? 0 : stages * rows * output_stride(outputs));
+    grad_states = arrays.take<float>(with_states ? stages * rows * kWidth : 0);
     fc2 = arrays.take<uint4>((outputs + 7) / 8 * kSlices * kPlanes * kLanes);
     result = arrays.take<int64_t>(rows);
     grad_q_row = arrays.take<int64_t>(rows);
@@ -161,10 +160,11 @@ __global__ void __launch_bounds__(6 * kWidth)
   const auto& network = p.network[blockIdx.y];
   const int tiles = plan.tiles, tile_rows = tiles * kRowsPerTile;
   const int outputs = plan.outputs_of(network);
-  const BackwardMemory<kWidth, kPlanes> shared(memory, tiles, outputs, network.grad_hidden_states != nullptr);
+  const BackwardMemory<kWidth, kPlanes> shared(memory, tiles, plan.stages, outputs,
+                                                network.grad_hidden_states != nullptr);
   const int64_t rows = p.episodes * p.agents, first = static_cast<int64_t>(blockIdx.x) * tile_rows;
-  const int64_t valid = rows - first;
-  const int steps = static_cast<int>(p.steps), stride = output_stride(outputs);
+  const int valid = static_cast<int>(min(rows - first, static_cast<int64_t>(tile_rows)));
+  const int steps = static_cast<int>(p.steps), stages = plan.stages, stride = output_stride(outputs);
   const Saved saved(const_cast<void*>(network.saved), true, steps, rows, kWidth, kPlanes);
   const Work work = plan.work_of(p, blockIdx.y, kPlanes);
 
@@ -174,8 +174,9 @@ __global__ void __launch_bounds__(6 * kWidth)
     shared.grad_q_row[i] = episode * network.grad_q_stride[0] + (row - episode * p.agents) * network.grad_q_stride[2];
   }
   // Rows and outputs that do not exist are never copied.
-  for (int i = threadIdx.x; i < (outputs == 0 ? 0 : kBackwardStages * tile_rows * stride); i += kThreads) {
-    shared.grad_q[i] = 0;
+  for (int i = threadIdx.x; i < (outputs == 0 ? 0 : stages * tile_rows * stride); i += kThreads) shared.grad_q[i] = 0;
+  for (int i = threadIdx.x; network.grad_hidden_states != nullptr && i < stages * tile_rows * kWidth; i += kThreads) {
+    shared.grad_states[i] = 0;
   }
   meet(kThreads);
 
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(6 * kWidth)
       for (int s = 0; s < 3 * kSlices; ++s) {
         uint2 other[kPlanes];
         gradients.read(other, kSlices + s, g, t);
-        multiply(sums, w, s, other);
+        multiply(sums, w.part[s], s, other);
       }
     };
     // Of the state behind step `step - 1` of the walk.
@@ -294,7 +295,16 @@ __global__ void __launch_bounds__(6 * kWidth)
     return;
   }
 
-  // Copies on their way: the third that needs them has `load(i)`, where i counts steps from the end.
+  // Copies come in groups, of which `load(i)` begins the i-th and wait(true) waits for the first of all stages; after
+  // that, wait(false) in every step waits for one more.
+  const auto wait = [&](bool first_of_all) {
+    if (stages == 4) {
+      first_of_all ? wait_copies<3>() : wait_copies<2>();
+    } else {
+      first_of_all ? wait_copies<1>() : wait_copies<0>();
+    }
+  };
+
   if (role == 1) {
     const InputGates<kWidth, kPlanes> input_gates(network.weights, slice, g, t);
     const int output_steps = (outputs + 7) / 8;
@@ -317,27 +327,24 @@ __global__ void __launch_bounds__(6 * kWidth)
     const auto load_x = [&](int step) {
       if (step >= steps) return;
       const int64_t row = (steps - 1 - step) * rows + first;
-      shared.x.load(step, saved.x + row * kPlanes * kWidth, valid, thread, kThird);
-      for (int i = thread; i < tile_rows; i += kThird) {
-        float* to = shared.x_unit + step % kBackwardStages * tile_rows + i;
-        copy_4(to, i < valid ? saved.x_unit + row + i : saved.x_unit, i < valid);
-      }
+      shared.x.load(step, saved.x + row * kPlanes * kWidth, valid, thread);
+      load_units(shared.x_unit, step, stages, saved.x_unit + row, tile_rows, valid, thread);
     };
     const auto load = [&](int step) {
-      const int stage = step % kBackwardStages, time = steps - 1 - step;
+      const int stage = step & (stages - 1), time = steps - 1 - step;
       if (step < steps) {
-        for (int i = thread; i < tile_rows * outputs; i += kThird) {
-          const int row = i / outputs, output = i - row * outputs;
-          if (row >= valid) continue;
-          copy_4(shared.grad_q + (stage * tile_rows + row) * stride + output,
-                 network.grad_q + shared.grad_q_row[row] + time * network.grad_q_stride[1] +
-                     output * network.grad_q_stride[3],
-                 true);
+        constexpr int kPerRow = 16;  // threads
+        const int own = thread % kPerRow;
+        for (int row = thread / kPerRow; outputs > 0 && row < valid; row += kThird / kPerRow) {
+          float* to = shared.grad_q + (stage * tile_rows + row) * stride;
+          const float* from = network.grad_q + shared.grad_q_row[row] + time * network.grad_q_stride[1];
+          for (int output = own; output < outputs; output += kPerRow) {
+            copy_4(to + output, from + output * network.grad_q_stride[3], true);
+          }
         }
-        for (int i = thread; network.grad_hidden_states != nullptr && i < tile_rows * kWidth; i += kThird) {
-          const int row = i / kWidth, feature = i % kWidth;
-          copy_4(shared.grad_states + stage * tile_rows * kWidth + i,
-                 network.grad_hidden_states + (shared.result[row] + time * p.agents) * kWidth + feature, row < valid);
+        for (int i = thread; network.grad_hidden_states != nullptr && i < valid * kWidth; i += kThird) {
+          const int64_t from = (shared.result[i / kWidth] + time * p.agents) * kWidth + i % kWidth;
+          copy_4(shared.grad_states + stage * tile_rows * kWidth + i, network.grad_hidden_states + from, true);
         }
       }
       load_x(step + 1);
@@ -347,16 +354,20 @@ __global__ void __launch_bounds__(6 * kWidth)
     const auto send_gates = [&](int step) {
       if (step >= steps) return;
       float4* gates = shared.gates + (step % 2 * tiles * kSlices + slice) * 3 * kLanes;
-      const float* unit = shared.x_unit + step % kBackwardStages * tile_rows;
+      const float* unit = shared.x_unit + (step & (stages - 1)) * tile_rows + 2 * t;
+      const unsigned char* x = shared.x.at(step, 0);
       for (int tile = 0; tile < tiles; ++tile) {
-        const float2 units = *reinterpret_cast<const float2*>(unit + kRowsPerTile * tile + 2 * t);
+        const float2 units = *reinterpret_cast<const float2*>(unit);
         largest_unit = fmaxf(largest_unit, fmaxf(units.x, units.y));
-        input_gates.send(gates + tile * kSlices * 3 * kLanes, shared.x, step, tile, units, lane);
+        input_gates.send(gates, x, units, lane);
+        gates += kSlices * 3 * kLanes;
+        unit += kRowsPerTile;
+        x += kPlanes * shared.x.kTileBytes;
       }
     };
     const auto send_incoming = [&](int step) {
       if (step >= steps) return;
-      const int stage = step % kBackwardStages;
+      const int stage = step & (stages - 1);
       for (int tile = 0; tile < tiles; ++tile) {
         float values[4] = {};
         const float* grad_q = shared.grad_q + (stage * tile_rows + kRowsPerTile * tile + g) * stride + 2 * t;
@@ -382,41 +393,42 @@ __global__ void __launch_bounds__(6 * kWidth)
       }
     };
     const auto leave = [&](int step) {
-      for (int tile = 0; tile < tiles; ++tile) {
-        const int row = kRowsPerTile * tile + g;
-        if (row >= valid) continue;
-        const int64_t at = (steps - 1 - step) * rows + first + row;
-        const auto& gradients = shared.gradients[step % 2 * tiles + tile];
+      const int64_t row = (steps - 1 - step) * rows + first + g;
+      uint16_t* to = work.gradients + row * kPlanes * kGradients * kWidth + 16 * slice + 4 * t;
+      const auto* gradients = shared.gradients + step % 2 * tiles;
+      for (int tile = 0; tile < tiles; ++tile, ++gradients, to += kRowsPerTile * kPlanes * kGradients * kWidth) {
+        if (kRowsPerTile * tile + g >= valid) break;
 #pragma unroll
         for (int gate = 0; gate < kGradients; ++gate) {
           uint2 planes[kPlanes];
-          gradients.read(planes, gate * kSlices + slice, g, t);
+          gradients->read(planes, gate * kSlices + slice, g, t);
 #pragma unroll
           for (int plane = 0; plane < kPlanes; ++plane) {
-            uint16_t* to = work.gradients + ((at * kPlanes + plane) * kGradients + gate) * kWidth + 16 * slice + 4 * t;
-            *reinterpret_cast<uint2*>(to) = planes[plane];
+            *reinterpret_cast<uint2*>(to + (plane * kGradients + gate) * kWidth) = planes[plane];
           }
         }
-        if (slice == 0 && t == 0) work.unit[at] = shared.unit[step % 2 * tile_rows + row];
+      }
+      if (thread < valid) {
+        work.unit[(steps - 1 - step) * rows + first + thread] = shared.unit[step % 2 * tile_rows + thread];
       }
     };
 
     load_x(0);
-    for (int step = 0; step < kBackwardStages; ++step) load(step);
-    wait_copies<kBackwardStages - 1>();
+    for (int step = 0; step < stages; ++step) load(step);
+    wait(true);
     meet(kThreads);
     send_gates(0);
     meet(kThreads);
     send_gates(1);
     send_incoming(0);
-    wait_copies<kBackwardStages - 2>();
+    wait(false);
     meet(kThreads);
     for (int step = 0; step < steps; ++step) {
-      load(step + kBackwardStages);
+      load(step + stages);
       send_gates(step + 2);
       send_incoming(step + 1);
       if (step > 0) leave(step - 1);
-      wait_copies<kBackwardStages - 2>();
+      wait(false);
       meet(kThreads);
     }
     leave(steps - 1);
@@ -438,22 +450,24 @@ __global__ void __launch_bounds__(6 * kWidth)
   const auto load = [&](int step) {
     if (step < steps) {
       const int64_t row = (steps - 1 - step) * rows + first;
-      shared.states.load(step, saved.states + row * kPlanes * kWidth, valid, thread, kThird);
+      shared.states.load(step, saved.states + row * kPlanes * kWidth, valid, thread);
     }
     close_copies();
   };
   const auto send_slopes = [&](int step) {
     if (step >= steps) return;
+    const unsigned char* states = shared.states.at(step, 0);
+    const float4* gates = shared.gates + (step % 2 * tiles * kSlices + slice) * 3 * kLanes + lane;
+    float4* to = shared.slopes + (step % 2 * tiles * kSlices + slice) * kSlopes * kLanes + lane;
     for (int tile = 0; tile < tiles; ++tile) {
-      const int at = (step % 2 * tiles + tile) * kSlices + slice;
       Sums<kPlanes> sums[3];
 #pragma unroll
       for (int s = 0; s < kSlices; ++s) {
         uint2 other[kPlanes];
-        shared.states.read(other, step, tile, s, g, t);
-        multiply(sums[0], w[0], s, other);
-        multiply(sums[2], w[2], s, other);
-        multiply(sums[1], w[1], s, other);
+        shared.states.read(other, states, s, g, t);
+        multiply(sums[0], w[0].part[s], s, other);
+        multiply(sums[2], w[2].part[s], s, other);
+        multiply(sums[1], w[1].part[s], s, other);
       }
       float before[4], inputs[3][4], slopes[kSlopes][4];
 #pragma unroll
@@ -461,7 +475,7 @@ __global__ void __launch_bounds__(6 * kWidth)
         uint32_t planes[kPlanes];
 #pragma unroll
         for (int plane = 0; plane < kPlanes; ++plane) {
-          const unsigned char* row = shared.states.row(step, plane, kRowsPerTile * tile + 2 * t + c);
+          const unsigned char* row = states + plane * shared.states.kTileBytes + (2 * t + c) * kRowBytes<kWidth>;
           planes[plane] = *reinterpret_cast<const uint32_t*>(row + 2 * (16 * slice + 2 * g));
         }
         const float2 pair = from_planes(planes);
@@ -469,23 +483,26 @@ __global__ void __launch_bounds__(6 * kWidth)
         before[2 + c] = pair.y;
       }
 #pragma unroll
-      for (int gate = 0; gate < 3; ++gate) to_array(inputs[gate], shared.gates[(at * 3 + gate) * kLanes + lane]);
-      slopes_of<kPlanes>(slopes, cell_of(inputs, sums, w, bias), before);
+      for (int gate = 0; gate < 3; ++gate) to_array(inputs[gate], gates[gate * kLanes]);
+      slopes_of(slopes, cell_of(inputs, sums, w, bias), before);
 #pragma unroll
-      for (int i = 0; i < kSlopes; ++i) shared.slopes[(at * kSlopes + i) * kLanes + lane] = to_vector(slopes[i]);
+      for (int i = 0; i < kSlopes; ++i) to[i * kLanes] = to_vector(slopes[i]);
+      states += kPlanes * shared.states.kTileBytes;
+      gates += kSlices * 3 * kLanes;
+      to += kSlices * kSlopes * kLanes;
     }
   };
-  for (int step = 0; step < kBackwardStages; ++step) load(step);
-  wait_copies<kBackwardStages - 1>();
+  for (int step = 0; step < stages; ++step) load(step);
+  wait(true);
   meet(kThreads);
   meet(kThreads);
   send_slopes(0);
-  wait_copies<kBackwardStages - 2>();
+  wait(false);
   meet(kThreads);
   for (int step = 0; step < steps; ++step) {
-    load(step + kBackwardStages);
+    load(step + stages);
     send_slopes(step + 1);
-    wait_copies<kBackwardStages - 2>();
+    wait(false);
     meet(kThreads);
   }
   wait_copies<0>();
@@ -831,7 +848,7 @@ __device__ void inputs_gradients(const RecurrentCudaBackward& p, const BackwardP
         for (int plane = 0; plane < kPlanes; ++plane) {
           other[plane] = make_uint2(values[plane][2 * i], values[plane][2 * i + 1]);
         }
-        multiply(grad_x, w, s + i, other);
+        multiply(grad_x, w.part[s + i], s + i, other);
       }
     }
 #pragma unroll

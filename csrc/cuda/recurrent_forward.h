@@ -2,6 +2,7 @@
 // over the steps.
 #pragma once
 
+#include "cuda/launch.h"
 #include "cuda/recurrent_numbers.h"
 #include "fastmix/recurrent.h"
 
@@ -73,11 +74,11 @@ struct InputColumns {
 constexpr int kInputRows = 128, kInputColumns = 32, kInputThreads = 256;
 constexpr int kInputStride = kInputColumns + 8;  // two neighbours of four rows in different banks
 
-template <int kWidth>
+template <int kWidth, int kPlanes>
 struct InputMemory {
   float inputs[2][kInputRows][kInputStride];
-  float weights[2][kWidth][kInputStride];
-  int64_t offset[kInputRows];  // of an observation
+  uint32_t weights[2][kPlanes][kWidth][kInputStride];  // factors of multiply_tf32
+  int64_t offset[kInputRows];                          // of an observation
   int action[kInputRows], agent[kInputRows];
 };
 
@@ -85,9 +86,9 @@ struct InputMemory {
 // that is how the weights' rows are ordered in shared memory.
 template <int kWidth, int kPlanes>
 __global__ void __launch_bounds__(kInputThreads) input_kernel(const __grid_constant__ RecurrentCudaForward p) {
-  constexpr int kTiles = kWidth / 8;
+  constexpr int kTiles = kWidth / 8, kWarps = kInputThreads / kLanes, kHeld = kWidth / kWarps;
   extern __shared__ __align__(16) unsigned char memory[];
-  auto& shared = *reinterpret_cast<InputMemory<kWidth>*>(memory);
+  auto& shared = *reinterpret_cast<InputMemory<kWidth, kPlanes>*>(memory);
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
   const auto& network = p.network[blockIdx.y];
   const int64_t rows = p.episodes * p.agents, total = rows * p.steps;
@@ -95,12 +96,13 @@ __global__ void __launch_bounds__(kInputThreads) input_kernel(const __grid_const
   const InputColumns columns(p, network.actions);
 
   for (int i = threadIdx.x; i < kInputRows; i += kInputThreads) {
-    const int64_t step = (first + i) / rows, row = first + i - step * rows;
-    const int64_t episode = row / p.agents, agent = row - episode * p.agents;
     const bool valid = first + i < total;
-    shared.offset[i] = valid ? episode * p.obs_stride[0] + step * p.obs_stride[1] + agent * p.obs_stride[2] : 0;
+    int64_t step, row, episode, agent;
+    split(valid ? first + i : 0, rows, step, row);
+    split(row, p.agents, episode, agent);
+    shared.offset[i] = episode * p.obs_stride[0] + step * p.obs_stride[1] + agent * p.obs_stride[2];
     shared.action[i] = -1;
-    if (valid && p.last_actions != nullptr) {
+    if (p.last_actions != nullptr) {
       const int64_t at = episode * p.action_stride[0] + step * p.action_stride[1] + agent * p.action_stride[2];
       shared.action[i] = columns.action(p.last_actions[at]);
     }
@@ -108,34 +110,51 @@ __global__ void __launch_bounds__(kInputThreads) input_kernel(const __grid_const
   }
   __syncthreads();
 
-  const auto load = [&](int buffer, int64_t start) {
+  const auto load_inputs = [&](int buffer, int64_t start) {
     const int64_t k = start + lane;
-    for (int i = warp; i < kInputRows; i += kInputThreads / kLanes) {
+#pragma unroll 4
+    for (int i = warp; i < kInputRows; i += kWarps) {
       float* to = &shared.inputs[buffer][i][lane];
       if (k < columns.actions) {
-        copy_4(to, p.obs + shared.offset[i] + k, first + i < total);
+        copy_4(to, p.obs + shared.offset[i] + k, true);
       } else {
         *to = k == shared.action[i] || k == shared.agent[i] || k == columns.all ? 1.0f : 0.0f;
       }
     }
-    for (int i = warp; i < kWidth; i += kInputThreads / kLanes) {
-      float* to = &shared.weights[buffer][i][lane];
-      const int feature = i % 8 / 2 * (kWidth / 4) + i / 8 * 2 + i % 2;
-      if (k < columns.all) {
-        copy_4(to, network.weights.fc1_weight + feature * columns.all + k, true);
-      } else {
-        *to = k == columns.all ? network.weights.fc1_bias[feature] : 0.0f;
+    close_copies();
+  };
+  float held[kHeld];  // weights on their way: rounded once, before eight warps read them
+  const auto fetch_weights = [&](int64_t start) {
+    const int64_t k = start + lane;
+#pragma unroll
+    for (int n = 0; n < kHeld; ++n) {
+      const int i = warp + n * kWarps, feature = i % 8 / 2 * (kWidth / 4) + i / 8 * 2 + i % 2;
+      held[n] = k < columns.all    ? network.weights.fc1_weight[feature * columns.all + k]
+                : k == columns.all ? network.weights.fc1_bias[feature]
+                                   : 0.0f;
+    }
+  };
+  const auto keep_weights = [&](int buffer) {
+#pragma unroll
+    for (int n = 0; n < kHeld; ++n) {
+      const Tf32<kPlanes, 1> factors({held[n]});
+#pragma unroll
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        shared.weights[buffer][plane][warp + n * kWarps][lane] = factors.part[plane][0];
       }
     }
-    close_copies();
   };
 
   float sums[kTiles][4] = {};
-  load(0, 0);
+  load_inputs(0, 0);
+  fetch_weights(0);
+  keep_weights(0);
   int buffer = 0;
   for (int64_t start = 0; start <= columns.all; start += kInputColumns, buffer ^= 1) {
-    if (start + kInputColumns <= columns.all) {
-      load(buffer ^ 1, start + kInputColumns);
+    const bool more = start + kInputColumns <= columns.all;
+    if (more) {
+      load_inputs(buffer ^ 1, start + kInputColumns);
+      fetch_weights(start + kInputColumns);
       wait_copies<1>();
     } else {
       wait_copies<0>();
@@ -148,10 +167,17 @@ __global__ void __launch_bounds__(kInputThreads) input_kernel(const __grid_const
       const Tf32<kPlanes, 4> inputs({upper.x, lower.x, upper.y, lower.y});
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        const float2 weights = *reinterpret_cast<const float2*>(&shared.weights[buffer][8 * tile + g][k + 2 * t]);
-        multiply(sums[tile], inputs, Tf32<kPlanes, 2>({weights.x, weights.y}));
+        Tf32<kPlanes, 2> weights;
+#pragma unroll
+        for (int plane = 0; plane < kPlanes; ++plane) {
+          const uint32_t* pair = &shared.weights[buffer][plane][8 * tile + g][k + 2 * t];
+          const uint2 v = *reinterpret_cast<const uint2*>(pair);
+          weights.part[plane][0] = v.x, weights.part[plane][1] = v.y;
+        }
+        add_product<kPlanes>(sums[tile], [&](float(&sum)[4]) { multiply(sum, inputs, weights); });
       }
     }
+    if (more) keep_weights(buffer ^ 1);
     __syncthreads();
   }
 
@@ -225,37 +251,59 @@ __device__ __forceinline__ Cell cell_of(const float (&inputs)[3][4], const Sums<
 __device__ __forceinline__ void to_array(float (&values)[4], float4 v) {
   values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
 }
+__device__ __forceinline__ void to_array(uint32_t (&values)[4], uint4 v) {
+  values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
+}
 __device__ __forceinline__ float4 to_vector(const float (&values)[4]) {
   return make_float4(values[0], values[1], values[2], values[3]);
 }
 
-// Rows of x or of states in shared memory, for `kStages` steps that are on their way or in use.
-template <int kWidth, int kPlanes, int kStages>
+// Tiles of rows of x or of states in shared memory, for as many steps as are on their way or in use, a power of two.
+template <int kWidth, int kPlanes>
 struct RowRing {
-  unsigned char* bytes;  // [stage][plane][row]
-  int rows;
+  static constexpr int kTileBytes = kRowsPerTile * kRowBytes<kWidth>;
+  unsigned char* bytes;  // [stage][tile][plane][row]
+  int tiles, stages;
 
-  __host__ __device__ static int64_t size(int rows) { return kStages * kPlanes * rows * kRowBytes<kWidth>; }
-  __device__ __forceinline__ unsigned char* row(int step, int plane, int i) const {
-    return bytes + ((step % kStages * kPlanes + plane) * rows + i) * kRowBytes<kWidth>;
+  __host__ __device__ static int64_t size(int tiles, int stages) {
+    return static_cast<int64_t>(stages) * tiles * kPlanes * kTileBytes;
   }
-  // Copies rows [planes, width] from `from`; those from `valid` on become zeros.
-  __device__ __forceinline__ void load(int step, const uint16_t* from, int64_t valid, int thread, int threads) const {
-    constexpr int kPieces = kWidth / 8;  // of 16 bytes
-    for (int i = thread; i < rows * kPlanes * kPieces; i += threads) {
-      const int piece = i % kPieces, plane = i / kPieces % kPlanes, r = i / (kPieces * kPlanes);
-      const bool exists = r < valid;
-      copy_16(row(step, plane, r) + 16 * piece, exists ? from + 8 * static_cast<int64_t>(i) : from, exists);
+  __device__ __forceinline__ unsigned char* at(int step, int tile) const {
+    return bytes + ((step & (stages - 1)) * tiles + tile) * kPlanes * kTileBytes;
+  }
+  // Copies rows [planes, width] from `from`; those from `valid` on become zeros. 2 * kWidth threads do it, in which every
+  // tile takes one piece of 16 bytes each.
+  __device__ __forceinline__ void load(int step, const uint16_t* from, int valid, int thread) const {
+    constexpr int kPieces = kWidth / 8, kRow = kPlanes * kPieces;
+    static_assert(kRowsPerTile * kRow <= 2 * kWidth);
+    if (thread >= kRowsPerTile * kRow) return;
+    const int piece = thread % kPieces, plane = thread / kPieces % kPlanes, row = thread / kRow;
+    unsigned char* to = at(step, 0) + plane * kTileBytes + row * kRowBytes<kWidth> + 16 * piece;
+    const uint16_t* source = from + 8 * thread;
+    for (int tile = 0; tile < tiles; ++tile) {
+      const bool exists = kRowsPerTile * tile + row < valid;
+      copy_16(to, exists ? source : from, exists);
+      to += kPlanes * kTileBytes;
+      source += kRowsPerTile * kPlanes * kWidth;
     }
   }
   // Columns 16 * part + 4t ... of row g of a tile.
-  __device__ __forceinline__ void read(uint2 (&other)[kPlanes], int step, int tile, int part, int g, int t) const {
+  static __device__ __forceinline__ void read(uint2 (&other)[kPlanes], const unsigned char* tile, int part, int g,
+                                              int t) {
 #pragma unroll
     for (int plane = 0; plane < kPlanes; ++plane) {
-      other[plane] = *reinterpret_cast<const uint2*>(row(step, plane, kRowsPerTile * tile + g) + 32 * part + 8 * t);
+      const unsigned char* row = tile + plane * kTileBytes + g * kRowBytes<kWidth>;
+      other[plane] = *reinterpret_cast<const uint2*>(row + 32 * part + 8 * t);
     }
   }
 };
+
+// The units of x, in step with a ring of it.
+__device__ __forceinline__ void load_units(float* ring, int step, int stages, const float* from, int rows, int valid,
+                                           int thread) {
+  if (thread >= rows) return;
+  copy_4(ring + (step & (stages - 1)) * rows + thread, thread < valid ? from + thread : from, thread < valid);
+}
 
 // Shared by both walks: what warp `slice` makes of x for the gates of its 16 features, sent to the lanes that need it.
 template <int kWidth, int kPlanes>
@@ -275,16 +323,15 @@ struct InputGates {
       }
     }
   }
-  // `unit` are those of rows 2t and 2t + 1.
-  template <class Ring>
-  __device__ __forceinline__ void send(float4* to, const Ring& x, int step, int tile, float2 unit, int lane) const {
+  // From a tile of a ring; `unit` are those of its rows 2t and 2t + 1.
+  __device__ __forceinline__ void send(float4* to, const unsigned char* x, float2 unit, int lane) const {
     Sums<kPlanes> sums[3];
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
       uint2 other[kPlanes];
-      x.read(other, step, tile, s, lane / 4, lane % 4);
+      RowRing<kWidth, kPlanes>::read(other, x, s, lane / 4, lane % 4);
 #pragma unroll
-      for (int gate = 0; gate < 3; ++gate) multiply(sums[gate], w[gate], s, other);
+      for (int gate = 0; gate < 3; ++gate) multiply(sums[gate], w[gate].part[s], s, other);
     }
 #pragma unroll
     for (int gate = 0; gate < 3; ++gate) {
@@ -306,7 +353,7 @@ struct ForwardMemory {
   Tile<kPlanes, kSlices>* states;              // [2][tiles]: before and behind a step
   float4* gates;                               // [2][tiles][slice][gate][lane]
   float4* state;                               // [tiles][slice][lane], in full precision, each lane its own
-  RowRing<kWidth, kPlanes, kForwardStages> x;  //
+  RowRing<kWidth, kPlanes> x;
   float* x_unit;                               // [stage][rows]
   int64_t* result;                             // [rows]
   uint4* fc2;                                  // [16 outputs][plane][slice][lane]
@@ -319,7 +366,7 @@ struct ForwardMemory {
     states = arrays.take<Tile<kPlanes, kSlices>>(2 * tiles);
     gates = arrays.take<float4>(2 * tiles * kSlices * 3 * kLanes);
     state = arrays.take<float4>(tiles * kSlices * kLanes);
-    x = {arrays.take<unsigned char>(x.size(rows)), rows};
+    x = {arrays.take<unsigned char>(x.size(tiles, kForwardStages)), tiles, kForwardStages};
     x_unit = arrays.take<float>(kForwardStages * rows);
     result = arrays.take<int64_t>(rows);
     fc2 = arrays.take<uint4>(output_tiles * kPlanes * kSlices * kLanes);
@@ -343,7 +390,7 @@ __global__ void __launch_bounds__(4 * kWidth)
   const int outputs = network.q == nullptr ? 0 : static_cast<int>(network.outputs), output_tiles = (outputs + 15) / 16;
   const ForwardMemory<kWidth, kPlanes> shared(memory, tiles, output_tiles);
   const int64_t rows = p.episodes * p.agents, first = static_cast<int64_t>(blockIdx.x) * tiles * kRowsPerTile;
-  const int64_t valid = rows - first;
+  const int valid = static_cast<int>(min(rows - first, static_cast<int64_t>(tiles * kRowsPerTile)));
   const int steps = static_cast<int>(p.steps);
   const Saved saved(network.saved, network.save, steps, rows, kWidth, kPlanes);
 
@@ -388,9 +435,9 @@ __global__ void __launch_bounds__(4 * kWidth)
       for (int s = 0; s < kSlices; ++s) {
         uint2 other[kPlanes];
         state.read(other, s, g, t);
-        multiply(sums[0], w[0], s, other);
-        multiply(sums[2], w[2], s, other);
-        multiply(sums[1], w[1], s, other);
+        multiply(sums[0], w[0].part[s], s, other);
+        multiply(sums[2], w[2].part[s], s, other);
+        multiply(sums[1], w[1].part[s], s, other);
       }
     };
 
@@ -457,7 +504,7 @@ __global__ void __launch_bounds__(4 * kWidth)
     for (int plane = 0; plane < kPlanes; ++plane) {
 #pragma unroll
       for (int s = 0; s < kSlices; ++s) {
-        const auto& part = w.part[plane][s];
+        const auto& part = w.part[s][plane];
         shared.fc2[((tile * kPlanes + plane) * kSlices + s) * kLanes + lane] =
             make_uint4(part[0], part[1], part[2], part[3]);
       }
@@ -475,58 +522,60 @@ __global__ void __launch_bounds__(4 * kWidth)
   const auto load = [&](int step) {
     if (step < steps) {
       const int64_t row = step * rows + first;
-      shared.x.load(step, saved.x + row * kPlanes * kWidth, valid, thread, kThreads / 2);
-      for (int i = thread; i < tiles * kRowsPerTile; i += kThreads / 2) {
-        float* to = shared.x_unit + step % kForwardStages * tiles * kRowsPerTile + i;
-        copy_4(to, i < valid ? saved.x_unit + row + i : saved.x_unit, i < valid);
-      }
+      shared.x.load(step, saved.x + row * kPlanes * kWidth, valid, thread);
+      load_units(shared.x_unit, step, kForwardStages, saved.x_unit + row, tiles * kRowsPerTile, valid, thread);
     }
     close_copies();
   };
   const auto send_gates = [&](int step) {
     if (step >= steps) return;
     float4* gates = shared.gates + (step % 2 * tiles * kSlices + slice) * 3 * kLanes;
-    const float* unit = shared.x_unit + step % kForwardStages * tiles * kRowsPerTile;
+    const float* unit = shared.x_unit + step % kForwardStages * tiles * kRowsPerTile + 2 * t;
+    const unsigned char* x = shared.x.at(step, 0);
     for (int tile = 0; tile < tiles; ++tile) {
-      const float2 units = *reinterpret_cast<const float2*>(unit + kRowsPerTile * tile + 2 * t);
-      input_gates.send(gates + tile * kSlices * 3 * kLanes, shared.x, step, tile, units, lane);
+      input_gates.send(gates, x, *reinterpret_cast<const float2*>(unit), lane);
+      gates += kSlices * 3 * kLanes;
+      unit += kRowsPerTile;
+      x += kPlanes * shared.x.kTileBytes;
     }
   };
   // The state before a step goes to memory, and the output it belongs to, that of the step before.
   const auto leave = [&](int step) {
-    for (int tile = 0; tile < tiles; ++tile) {
-      const Tile<kPlanes, kSlices>& state = shared.states[step % 2 * tiles + tile];
+    const Tile<kPlanes, kSlices>* state = shared.states + step % 2 * tiles;
+    uint16_t* kept = saved.states + ((step * rows + first + g) * kPlanes) * kWidth + 16 * slice + 4 * t;
+    float* q = network.q + (step - 1) * p.agents * outputs;
+    for (int tile = 0; tile < tiles; ++tile, ++state, kept += kRowsPerTile * kPlanes * kWidth) {
       if (saved.states != nullptr && kRowsPerTile * tile + g < valid) {
         uint2 planes[kPlanes];
-        state.read(planes, slice, g, t);
-        const int64_t row = step * rows + first + kRowsPerTile * tile + g;
+        state->read(planes, slice, g, t);
 #pragma unroll
         for (int plane = 0; plane < kPlanes; ++plane) {
-          *reinterpret_cast<uint2*>(saved.states + (row * kPlanes + plane) * kWidth + 16 * slice + 4 * t) =
-              planes[plane];
+          *reinterpret_cast<uint2*>(kept + plane * kWidth) = planes[plane];
         }
       }
       if (step == 0) continue;
       for (int m = slice; m < output_tiles; m += kSlices) {
         Sums<kPlanes> sums;
+        const uint4* weights = shared.fc2 + m * kPlanes * kSlices * kLanes + lane;
 #pragma unroll
         for (int s = 0; s < kSlices; ++s) {
           uint2 other[kPlanes];
-          state.read(other, s, g, t);
-          Weights<kPlanes, 1> w;
+          state->read(other, s, g, t);
+          uint32_t w[kPlanes][4];
 #pragma unroll
-          for (int plane = 0; plane < kPlanes; ++plane) {
-            const uint4 v = shared.fc2[((m * kPlanes + plane) * kSlices + s) * kLanes + lane];
-            w.part[plane][0][0] = v.x, w.part[plane][0][1] = v.y, w.part[plane][0][2] = v.z, w.part[plane][0][3] = v.w;
-          }
-          multiply(sums, w, 0, other);
+          for (int plane = 0; plane < kPlanes; ++plane) to_array(w[plane], weights[(plane * kSlices + s) * kLanes]);
+          multiply(sums, w, s, other);
         }
+        const int output = 16 * m + 2 * g;
+        const float2 unit = *reinterpret_cast<const float2*>(shared.fc2_unit + output);
+        const float2 bias = *reinterpret_cast<const float2*>(shared.fc2_bias + output);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = kRowsPerTile * tile + 2 * t + i % 2, output = 16 * m + 2 * g + i / 2;
-          if (row >= valid || output >= outputs) continue;
-          network.q[(shared.result[row] + (step - 1) * p.agents) * outputs + output] =
-              sums.value(i) * shared.fc2_unit[output] + shared.fc2_bias[output];
+        for (int c = 0; c < 2; ++c) {
+          const int row = kRowsPerTile * tile + 2 * t + c;
+          if (row >= valid) continue;
+          float* to = q + shared.result[row] * outputs + output;
+          if (output < outputs) to[0] = sums.value(c) * unit.x + bias.x;
+          if (output + 1 < outputs) to[1] = sums.value(2 + c) * unit.y + bias.y;
         }
       }
     }

@@ -59,7 +59,7 @@ __device__ __forceinline__ float2 from_planes(const uint32_t (&planes)[kPlanes])
 // 16 rows of weights (features 2g and 2g + 1 in this lane) of 16 kSteps columns, as factors of multiply_half.
 template <int kPlanes, int kSteps>
 struct Weights {
-  uint32_t part[kPlanes][kSteps][4];
+  uint32_t part[kSteps][kPlanes][4];
   float unit[2];  // of the rows
 };
 
@@ -91,7 +91,7 @@ __device__ __forceinline__ void load_weights(Weights<kPlanes, kSteps>& w, const 
         uint32_t planes[kPlanes];
         to_planes(planes, values[s][e][2 * half] * scale, values[s][e][2 * half + 1] * scale);
 #pragma unroll
-        for (int plane = 0; plane < kPlanes; ++plane) w.part[plane][s][2 * half + e] = planes[plane];
+        for (int plane = 0; plane < kPlanes; ++plane) w.part[s][plane][2 * half + e] = planes[plane];
       }
     }
   }
@@ -156,16 +156,16 @@ struct Sums {
   }
 };
 
-// Adds step s of weights times rows, whose factors are `other`.
-template <int kPlanes, int kSteps>
-__device__ __forceinline__ void multiply(Sums<kPlanes>& sums, const Weights<kPlanes, kSteps>& w, int s,
+// Adds a step of weights times rows, whose factors are `other`.
+template <int kPlanes>
+__device__ __forceinline__ void multiply(Sums<kPlanes>& sums, const uint32_t (&w)[kPlanes][4], int step,
                                          const uint2 (&other)[kPlanes]) {
   if constexpr (kPlanes == 1) {
-    multiply_half(sums.part[s % 2], w.part[0][s], other[0].x, other[0].y);
+    multiply_half(sums.part[step % 2], w[0], other[0].x, other[0].y);
   } else {
-    multiply_half(sums.part[0], w.part[0][s], other[0].x, other[0].y);
-    multiply_half(sums.part[1], w.part[1][s], other[0].x, other[0].y);
-    multiply_half(sums.part[2], w.part[0][s], other[1].x, other[1].y);
+    multiply_half(sums.part[0], w[0], other[0].x, other[0].y);
+    multiply_half(sums.part[1], w[1], other[0].x, other[0].y);
+    multiply_half(sums.part[2], w[0], other[1].x, other[1].y);
   }
 }
 
