@@ -85,6 +85,9 @@ __device__ __forceinline__ void wait_copies() {
 // All `threads` threads of the block, wherever in the code they meet: __syncthreads wants one place.
 __device__ __forceinline__ void meet(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
 
+// What has been read from memory is read again if it is needed again, in place of keeping it in registers.
+__device__ __forceinline__ void forget() { asm volatile("" ::: "memory"); }
+
 // ---- Arithmetic ----
 
 // Relative errors of 2^-22 and one unit in the last place; denormal numbers become zero, NaN stays NaN.

@@ -100,8 +100,8 @@ struct BackwardMemory {
   float4* incoming;                                     // [2][tiles][slice][lane]: the states' gradients from outside
   float4* carried;                                      // [tiles][slice][lane]: from the step behind, past its gates
   Tile<kPlanes, kGradients * kSlices>* gradients;       // [2][tiles]: of the gates' sums
-  float* unit;                                          // [2][rows], of these
-  float *largest, *largest_incoming;                    // [2][rows][slice]: of a state's gradient, and of `incoming`
+  float* unit;                                     // [2][tiles], of these
+  float* largest;                                  // [2][tiles][slice], of what the next unit has to be for
   RowRing<kWidth, kPlanes> x, states;
   float* x_unit;                                        // [stage][rows]
   float* grad_q;                                        // [stage][rows][output_stride]
@@ -118,9 +118,8 @@ struct BackwardMemory {
     incoming = arrays.take<float4>(2 * tiles * kSlices * kLanes);
     carried = arrays.take<float4>(tiles * kSlices * kLanes);
     gradients = arrays.take<Tile<kPlanes, kGradients * kSlices>>(2 * tiles);
-    unit = arrays.take<float>(2 * rows);
-    largest = arrays.take<float>(2 * rows * kSlices);
-    largest_incoming = arrays.take<float>(2 * rows * kSlices);
+    unit = arrays.take<float>(2 * tiles);
+    largest = arrays.take<float>(2 * tiles * kSlices);
     x = {arrays.take<unsigned char>(x.size(tiles, stages)), tiles, stages};
     states = {arrays.take<unsigned char>(states.size(tiles, stages)), tiles, stages};
     x_unit = arrays.take<float>(stages * rows);
@@ -133,7 +132,6 @@ struct BackwardMemory {
   }
 };
 
-// The largest of a row's slices.
 template <int kSlices>
 __device__ __forceinline__ float largest_of(const float* slices) {
   float largest = slices[0];
@@ -143,12 +141,12 @@ __device__ __forceinline__ float largest_of(const float* slices) {
 }
 
 // A third of the warps carry the gradient of the state from step to step, 16 features each. The second third works on x
-// and on what comes from outside: it makes the gates' sums over x two steps ahead and the incoming gradients one step
-// ahead, and copies the results away. The last third makes the gates once more, one step ahead, and their slopes, so
+// and on what comes from outside: it makes the gates' sums over x and the incoming gradients two steps ahead, and copies
+// the results away. The last third makes the gates once more, one step ahead, and their slopes, so
 // that four multiplications are left to do between two products. All meet once per step.
 //
-// Gradients may be of any size, and half precision numbers not. Their unit comes from the largest gradient of the row's
-// state one step later, and of what comes in: it may be off by the growth of one step, for which there are 15 powers of
+// Gradients may be of any size, and half precision numbers not. Their unit comes from the largest gradient of the tile's
+// states one step later, and of what comes in: it may be off by the growth of one step, for which there are 15 powers of
 // two.
 template <int kWidth, int kPlanes>
 __global__ void __launch_bounds__(6 * kWidth)
@@ -180,40 +178,56 @@ __global__ void __launch_bounds__(6 * kWidth)
   }
   meet(kThreads);
 
-  // The largest of two features' values for rows 2t and 2t + 1, over all features of the slice.
-  const auto note_largest = [&](float* to, int tile, const float (&values)[4]) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      float largest = fmaxf(fabsf(values[c]), fabsf(values[2 + c]));
-#pragma unroll
-      for (int bit = 4; bit < kLanes; bit *= 2) {
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, bit));
-      }
-      if (g == 0) to[(kRowsPerTile * tile + 2 * t + c) * kSlices + slice] = largest;
-    }
-  };
-
   if (role == 0) {
+    using Gradients = Tile<kPlanes, kGradients * kSlices>;
+    const Columns<kWidth, 3 * kSlices, Neighbours> read(network.weights.weight_hh, slice, g, t);
+    const float weights_unit = unit_of(largest_weight<3 * kSlices>(read));
+    forget();
     Weights<kPlanes, 3 * kSlices> w;
-    load_columns<kWidth, Neighbours>(w, network.weights.weight_hh, slice, g, t);
-    const auto multiply_gradients = [&](Sums<kPlanes>& sums, const Tile<kPlanes, kGradients * kSlices>& gradients) {
-      sums = Sums<kPlanes>();
+    load_weights(w, weights_unit, read);
+    const auto multiply_gradients = [&](Sums<kPlanes, 2>& sums, const Gradients& gradients) {
+      sums = Sums<kPlanes, 2>();
 #pragma unroll
       for (int s = 0; s < 3 * kSlices; ++s) {
         uint2 other[kPlanes];
         gradients.read(other, kSlices + s, g, t);
-        multiply(sums, w.part[s], s, other);
+        sums.add(w.part[s], s, other);
       }
     };
-    // Of the state behind step `step - 1` of the walk.
-    const auto arrive = [&](float (&dh)[4], const Sums<kPlanes>& sums, int tile, int step) {
-      const float* unit = shared.unit + (step + 1) % 2 * tile_rows + kRowsPerTile * tile + 2 * t;
+    // What comes to the state behind step `step` of the walk from the step before, and adds up there.
+    const auto arrive = [&](float (&dh)[4], const Sums<kPlanes, 2>& sums, int tile, int step) {
       to_array(dh, shared.carried[(tile * kSlices + slice) * kLanes + lane]);
       if (step == 0) return;
+      const float unit = weights_unit * shared.unit[(step + 1) % 2 * tiles + tile];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) dh[i] += sums.value(i) * (w.unit[i / 2] * unit[i % 2]);
+      for (int i = 0; i < 4; ++i) dh[i] += sums.value(i) * unit;
+    };
+    // Leaves what goes on past the gates, with what comes in from outside at step `step`, and the largest of that and of
+    // `dh`.
+    const auto carry = [&](float (&carried)[4], const float (&dh)[4], int tile, int step) {
+      float largest = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) largest = fmaxf(largest, fabsf(dh[i]));
+      if (step < steps) {
+        float incoming[4];
+        to_array(incoming, shared.incoming[((step % 2 * tiles + tile) * kSlices + slice) * kLanes + lane]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          largest = fmaxf(largest, fabsf(incoming[i]));
+          carried[i] += incoming[i];
+        }
+      }
+      shared.carried[(tile * kSlices + slice) * kLanes + lane] = to_vector(carried);
+#pragma unroll
+      for (int bit = 1; bit < kLanes; bit *= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, bit));
+      }
+      if (lane == 0) shared.largest[((step + 1) % 2 * tiles + tile) * kSlices + slice] = largest;
     };
 
+    float largest_unit = 0;
+    meet(kThreads);
+    meet(kThreads);
     for (int tile = 0; tile < tiles; ++tile) {
       float dh[4] = {};
 #pragma unroll
@@ -222,64 +236,52 @@ __global__ void __launch_bounds__(6 * kWidth)
         if (network.grad_last_hidden == nullptr || row >= valid) continue;
         dh[i] = network.grad_last_hidden[(first + row) * kWidth + 16 * slice + 2 * g + i / 2];
       }
-      shared.carried[(tile * kSlices + slice) * kLanes + lane] = to_vector(dh);
-      note_largest(shared.largest + tile_rows * kSlices, tile, dh);
+      float carried[4] = {dh[0], dh[1], dh[2], dh[3]};
+      carry(carried, dh, tile, 0);
     }
-    float largest_unit = 0;
-    meet(kThreads);
-    meet(kThreads);
     meet(kThreads);
     for (int step = 0; step < steps; ++step) {
       const int now = step % 2;
-      const Tile<kPlanes, kGradients * kSlices>* later = shared.gradients + (1 - now) * tiles;
-      Sums<kPlanes> sums, ahead;
+      const Gradients* later = shared.gradients + (1 - now) * tiles;
+      Sums<kPlanes, 2> sums, ahead;
       if (step > 0) multiply_gradients(ahead, later[0]);
       for (int tile = 0; tile < tiles; ++tile) {
-        const int row = kRowsPerTile * tile + 2 * t, at = (now * tiles + tile) * kSlices + slice;
         sums = ahead;
         if (step > 0 && tile + 1 < tiles) multiply_gradients(ahead, later[tile + 1]);
-        float units[2], scale[2];
+        const float unit = unit_of(largest_of<kSlices>(shared.largest + ((1 - now) * tiles + tile) * kSlices));
+        largest_unit = fmaxf(largest_unit, unit);
+        if (threadIdx.x == 0) shared.unit[now * tiles + tile] = unit;
+        const float scale = inverse(unit);
+        const float4* from = shared.slopes + ((now * tiles + tile) * kSlices + slice) * kSlopes * kLanes + lane;
+        float slopes[kSlopes][4], dh[4], gradients[kGradients][4], carried[4];
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const float* largest = shared.largest + ((1 - now) * tile_rows + row + c) * kSlices;
-          const float* incoming = shared.largest_incoming + (now * tile_rows + row + c) * kSlices;
-          units[c] = unit_of(fmaxf(largest_of<kSlices>(largest), largest_of<kSlices>(incoming)));
-          scale[c] = inverse(units[c]);
-          largest_unit = fmaxf(largest_unit, units[c]);
-          if (slice == 0 && g == 0) shared.unit[now * tile_rows + row + c] = units[c];
-        }
-        float slopes[kSlopes][4], dh[4], incoming[4];
-#pragma unroll
-        for (int i = 0; i < kSlopes; ++i) to_array(slopes[i], shared.slopes[(at * kSlopes + i) * kLanes + lane]);
-        to_array(incoming, shared.incoming[at * kLanes + lane]);
+        for (int i = 0; i < kSlopes; ++i) to_array(slopes[i], from[i * kLanes]);
         arrive(dh, sums, tile, step);
-        float gradients[kGradients][4], carried[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          dh[i] += incoming[i];
           carried[i] = dh[i] * slopes[0][i];
-          const float scaled = dh[i] * scale[i % 2];
+          const float scaled = dh[i] * scale;
           gradients[0][i] = scaled * slopes[2][i];
           gradients[1][i] = gradients[0][i] * slopes[3][i];
           gradients[2][i] = scaled * slopes[4][i];
           gradients[3][i] = gradients[0][i] * slopes[1][i];
         }
+        Gradients& to = shared.gradients[now * tiles + tile];
 #pragma unroll
         for (int gate = 0; gate < kGradients; ++gate) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             uint32_t planes[kPlanes];
             to_planes(planes, gradients[gate][c], gradients[gate][2 + c]);
-            shared.gradients[now * tiles + tile].write(gate * kSlices + slice, g, 2 * t + c, planes);
+            to.write(gate * kSlices + slice, g, 2 * t + c, planes);
           }
         }
-        shared.carried[(tile * kSlices + slice) * kLanes + lane] = to_vector(carried);
-        note_largest(shared.largest + now * tile_rows * kSlices, tile, dh);
+        carry(carried, dh, tile, step + 1);
       }
       meet(kThreads);
     }
     for (int tile = 0; network.grad_hidden != nullptr && tile < tiles; ++tile) {
-      Sums<kPlanes> sums;
+      Sums<kPlanes, 2> sums;
       multiply_gradients(sums, shared.gradients[(steps + 1) % 2 * tiles + tile]);
       float dh[4];
       arrive(dh, sums, tile, steps);
@@ -289,8 +291,6 @@ __global__ void __launch_bounds__(6 * kWidth)
         if (row < valid) network.grad_hidden[(first + row) * kWidth + 16 * slice + 2 * g + i / 2] = dh[i];
       }
     }
-    largest_unit = fmaxf(largest_unit, __shfl_xor_sync(0xffffffffu, largest_unit, 1));
-    largest_unit = fmaxf(largest_unit, __shfl_xor_sync(0xffffffffu, largest_unit, 2));
     if (threadIdx.x == 0) work.largest[2 * blockIdx.x] = largest_unit;
     return;
   }
@@ -324,30 +324,29 @@ __global__ void __launch_bounds__(6 * kWidth)
       }
     }
 
-    const auto load_x = [&](int step) {
+    const auto load_step = [&](int step) {
       if (step >= steps) return;
-      const int64_t row = (steps - 1 - step) * rows + first;
+      const int stage = step & (stages - 1), time = steps - 1 - step;
+      const int64_t row = time * rows + first;
       shared.x.load(step, saved.x + row * kPlanes * kWidth, valid, thread);
       load_units(shared.x_unit, step, stages, saved.x_unit + row, tile_rows, valid, thread);
-    };
-    const auto load = [&](int step) {
-      const int stage = step & (stages - 1), time = steps - 1 - step;
-      if (step < steps) {
-        constexpr int kPerRow = 16;  // threads
-        const int own = thread % kPerRow;
-        for (int row = thread / kPerRow; outputs > 0 && row < valid; row += kThird / kPerRow) {
-          float* to = shared.grad_q + (stage * tile_rows + row) * stride;
-          const float* from = network.grad_q + shared.grad_q_row[row] + time * network.grad_q_stride[1];
-          for (int output = own; output < outputs; output += kPerRow) {
-            copy_4(to + output, from + output * network.grad_q_stride[3], true);
-          }
-        }
-        for (int i = thread; network.grad_hidden_states != nullptr && i < valid * kWidth; i += kThird) {
-          const int64_t from = (shared.result[i / kWidth] + time * p.agents) * kWidth + i % kWidth;
-          copy_4(shared.grad_states + stage * tile_rows * kWidth + i, network.grad_hidden_states + from, true);
+      constexpr int kPerRow = 16;  // threads
+      const int own = thread % kPerRow;
+      for (int i = thread / kPerRow; outputs > 0 && i < valid; i += kThird / kPerRow) {
+        float* to = shared.grad_q + (stage * tile_rows + i) * stride;
+        const float* from = network.grad_q + shared.grad_q_row[i] + time * network.grad_q_stride[1];
+        for (int output = own; output < outputs; output += kPerRow) {
+          copy_4(to + output, from + output * network.grad_q_stride[3], true);
         }
       }
-      load_x(step + 1);
+      for (int i = thread; network.grad_hidden_states != nullptr && i < valid * kWidth; i += kThird) {
+        const int64_t from = (shared.result[i / kWidth] + time * p.agents) * kWidth + i % kWidth;
+        copy_4(shared.grad_states + stage * tile_rows * kWidth + i, network.grad_hidden_states + from, true);
+      }
+    };
+    // What this third works on lies one step further ahead than its group.
+    const auto load = [&](int step) {
+      load_step(step + 1);
       close_copies();
     };
     float largest_unit = 0;
@@ -389,7 +388,6 @@ __global__ void __launch_bounds__(6 * kWidth)
           values[i] += shared.grad_states[(stage * tile_rows + row) * kWidth + 16 * slice + 2 * g + i / 2];
         }
         shared.incoming[((step % 2 * tiles + tile) * kSlices + slice) * kLanes + lane] = to_vector(values);
-        note_largest(shared.largest_incoming + step % 2 * tile_rows * kSlices, tile, values);
       }
     };
     const auto leave = [&](int step) {
@@ -409,24 +407,25 @@ __global__ void __launch_bounds__(6 * kWidth)
         }
       }
       if (thread < valid) {
-        work.unit[(steps - 1 - step) * rows + first + thread] = shared.unit[step % 2 * tile_rows + thread];
+        work.unit[(steps - 1 - step) * rows + first + thread] = shared.unit[step % 2 * tiles + thread / kRowsPerTile];
       }
     };
 
-    load_x(0);
+    load_step(0);
     for (int step = 0; step < stages; ++step) load(step);
     wait(true);
     meet(kThreads);
     send_gates(0);
+    send_incoming(0);
     meet(kThreads);
     send_gates(1);
-    send_incoming(0);
+    send_incoming(1);
     wait(false);
     meet(kThreads);
     for (int step = 0; step < steps; ++step) {
       load(step + stages);
       send_gates(step + 2);
-      send_incoming(step + 1);
+      send_incoming(step + 2);
       if (step > 0) leave(step - 1);
       wait(false);
       meet(kThreads);
@@ -439,12 +438,8 @@ __global__ void __launch_bounds__(6 * kWidth)
     return;
   }
 
-  Weights<kPlanes, kSlices> w[3];
+  const GateWeights<kWidth, kPlanes> w(network.weights.weight_hh, slice, g, t);
   float bias[2];
-#pragma unroll
-  for (int gate = 0; gate < 3; ++gate) {
-    load_rows<kWidth>(w[gate], network.weights.weight_hh + gate * kWidth * kWidth, slice, g, t);
-  }
 #pragma unroll
   for (int e = 0; e < 2; ++e) bias[e] = network.weights.bias_hh[2 * kWidth + 16 * slice + 2 * g + e];
   const auto load = [&](int step) {
@@ -465,9 +460,8 @@ __global__ void __launch_bounds__(6 * kWidth)
       for (int s = 0; s < kSlices; ++s) {
         uint2 other[kPlanes];
         shared.states.read(other, states, s, g, t);
-        multiply(sums[0], w[0].part[s], s, other);
-        multiply(sums[2], w[2].part[s], s, other);
-        multiply(sums[1], w[1].part[s], s, other);
+#pragma unroll
+        for (int gate = 0; gate < 3; ++gate) sums[gate].add(w.gate[gate].part[s], s, other);
       }
       float before[4], inputs[3][4], slopes[kSlopes][4];
 #pragma unroll
@@ -484,7 +478,7 @@ __global__ void __launch_bounds__(6 * kWidth)
       }
 #pragma unroll
       for (int gate = 0; gate < 3; ++gate) to_array(inputs[gate], gates[gate * kLanes]);
-      slopes_of(slopes, cell_of(inputs, sums, w, bias), before);
+      slopes_of(slopes, cell_of(inputs, sums, w.unit, bias), before);
 #pragma unroll
       for (int i = 0; i < kSlopes; ++i) to[i * kLanes] = to_vector(slopes[i]);
       states += kPlanes * shared.states.kTileBytes;
@@ -819,9 +813,12 @@ __device__ void inputs_gradients(const RecurrentCudaBackward& p, const BackwardP
   };
 
   // Gradients come as new, reset, update; the weights' rows are reset, update, new.
-  Weights<kPlanes, 3 * kSlices> w;
   const int slice = warp % kSlices, row_tile = warp / kSlices;
-  load_columns<kWidth, AsInstruction>(w, network.weights.weight_ih, slice, g, t, 2 * kSlices);
+  const Columns<kWidth, 3 * kSlices, AsInstruction, 2 * kSlices> read(network.weights.weight_ih, slice, g, t);
+  const float weights_unit = unit_of(largest_weight<3 * kSlices>(read));
+  forget();
+  Weights<kPlanes, 3 * kSlices> w;
+  load_weights(w, weights_unit, read);
   float sums[kTiles][kSlices][4] = {};
 
   int64_t block = own;
@@ -832,7 +829,7 @@ __device__ void inputs_gradients(const RecurrentCudaBackward& p, const BackwardP
     load(block + (kGradientStages - 1) * plan.inputs_blocks, (at + kGradientStages - 1) % kGradientStages);
 
     const auto& stage = shared.stage[at];
-    Sums<kPlanes> grad_x;
+    Sums<kPlanes, 2> grad_x;
 #pragma unroll
     for (int s = 0; s < 3 * kSlices; s += 2) {
       uint32_t values[kPlanes][4];
@@ -848,7 +845,7 @@ __device__ void inputs_gradients(const RecurrentCudaBackward& p, const BackwardP
         for (int plane = 0; plane < kPlanes; ++plane) {
           other[plane] = make_uint2(values[plane][2 * i], values[plane][2 * i + 1]);
         }
-        multiply(grad_x, w.part[s + i], s + i, other);
+        grad_x.add(w.part[s + i], s + i, other);
       }
     }
 #pragma unroll
@@ -856,8 +853,8 @@ __device__ void inputs_gradients(const RecurrentCudaBackward& p, const BackwardP
       const int row = kRowsPerTile * row_tile + 2 * t + c, feature = 16 * slice + 2 * g;
       const uint32_t x = *reinterpret_cast<const uint32_t*>(&stage.x[row][2 * feature]);
       float2 pair;
-      pair.x = (x & 0xffffu) != 0 ? grad_x.value(c) * (w.unit[0] * stage.unit[row]) : 0.0f;
-      pair.y = (x >> 16) != 0 ? grad_x.value(2 + c) * (w.unit[1] * stage.unit[row]) : 0.0f;
+      pair.x = (x & 0xffffu) != 0 ? grad_x.value(c) * (weights_unit * stage.unit[row]) : 0.0f;
+      pair.y = (x >> 16) != 0 ? grad_x.value(2 + c) * (weights_unit * stage.unit[row]) : 0.0f;
       *reinterpret_cast<float2*>(&shared.grad_x[row][feature]) = pair;
       if (network.grad_x == nullptr || share > 0 || block * kBlockRows + row >= total) continue;
       *reinterpret_cast<float2*>(network.grad_x + (block * kBlockRows + row) * kWidth + feature) = pair;

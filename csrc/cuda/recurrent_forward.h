@@ -231,18 +231,18 @@ struct Cell {
 };
 
 // `inputs` holds the gates' sums over x with all biases but that of `hn`.
-template <int kPlanes, int kSteps>
-__device__ __forceinline__ Cell cell_of(const float (&inputs)[3][4], const Sums<kPlanes> (&sums)[3],
-                                        const Weights<kPlanes, kSteps> (&w)[3], const float (&bias)[2]) {
+template <int kPlanes, int kApart>
+__device__ __forceinline__ Cell cell_of(const float (&inputs)[3][4], const Sums<kPlanes, kApart> (&sums)[3], float unit,
+                                        const float (&bias)[2]) {
   Cell cell;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    cell.r[i] = sigmoid(inputs[0][i] + sums[0].value(i) * w[0].unit[i / 2]);
-    cell.hn[i] = sums[2].value(i) * w[2].unit[i / 2] + bias[i / 2];
+    cell.r[i] = sigmoid(inputs[0][i] + sums[0].value(i) * unit);
+    cell.hn[i] = sums[2].value(i) * unit + bias[i / 2];
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    cell.z[i] = sigmoid(inputs[1][i] + sums[1].value(i) * w[1].unit[i / 2]);
+    cell.z[i] = sigmoid(inputs[1][i] + sums[1].value(i) * unit);
     cell.n[i] = tangent<kPlanes>(inputs[2][i] + cell.r[i] * cell.hn[i]);
   }
   return cell;
@@ -253,6 +253,9 @@ __device__ __forceinline__ void to_array(float (&values)[4], float4 v) {
 }
 __device__ __forceinline__ void to_array(uint32_t (&values)[4], uint4 v) {
   values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
+}
+__device__ __forceinline__ uint4 to_vector(const uint32_t (&values)[4]) {
+  return make_uint4(values[0], values[1], values[2], values[3]);
 }
 __device__ __forceinline__ float4 to_vector(const float (&values)[4]) {
   return make_float4(values[0], values[1], values[2], values[3]);
@@ -308,14 +311,13 @@ __device__ __forceinline__ void load_units(float* ring, int step, int stages, co
 // Shared by both walks: what warp `slice` makes of x for the gates of its 16 features, sent to the lanes that need it.
 template <int kWidth, int kPlanes>
 struct InputGates {
-  static constexpr int kSlices = kWidth / 16;
-  Weights<kPlanes, kSlices> w[3];
+  GateWeights<kWidth, kPlanes> w;
   float bias[3][2];
 
-  __device__ __forceinline__ InputGates(const RecurrentWeights<const float>& weights, int slice, int g, int t) {
+  __device__ __forceinline__ InputGates(const RecurrentWeights<const float>& weights, int slice, int g, int t)
+      : w(weights.weight_ih, slice, g, t) {
 #pragma unroll
     for (int gate = 0; gate < 3; ++gate) {
-      load_rows<kWidth>(w[gate], weights.weight_ih + gate * kWidth * kWidth, slice, g, t);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int feature = gate * kWidth + 16 * slice + 2 * g + e;
@@ -323,23 +325,22 @@ struct InputGates {
       }
     }
   }
-  // From a tile of a ring; `unit` are those of its rows 2t and 2t + 1.
-  __device__ __forceinline__ void send(float4* to, const unsigned char* x, float2 unit, int lane) const {
+  // From a tile of a ring; `units` are those of its rows 2t and 2t + 1.
+  __device__ __forceinline__ void send(float4* to, const unsigned char* x, float2 units, int lane) const {
     Sums<kPlanes> sums[3];
 #pragma unroll
-    for (int s = 0; s < kSlices; ++s) {
+    for (int s = 0; s < kWidth / 16; ++s) {
       uint2 other[kPlanes];
       RowRing<kWidth, kPlanes>::read(other, x, s, lane / 4, lane % 4);
 #pragma unroll
-      for (int gate = 0; gate < 3; ++gate) multiply(sums[gate], w[gate].part[s], s, other);
+      for (int gate = 0; gate < 3; ++gate) sums[gate].add(w.gate[gate].part[s], s, other);
     }
+    const float unit[2] = {w.unit * units.x, w.unit * units.y};
 #pragma unroll
     for (int gate = 0; gate < 3; ++gate) {
       float values[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        values[i] = sums[gate].value(i) * (w[gate].unit[i / 2] * (i % 2 == 0 ? unit.x : unit.y)) + bias[gate][i / 2];
-      }
+      for (int i = 0; i < 4; ++i) values[i] = sums[gate].value(i) * unit[i % 2] + bias[gate][i / 2];
       to[gate * kLanes + lane] = to_vector(values);
     }
   }
@@ -356,8 +357,8 @@ struct ForwardMemory {
   RowRing<kWidth, kPlanes> x;
   float* x_unit;                               // [stage][rows]
   int64_t* result;                             // [rows]
-  uint4* fc2;                                  // [16 outputs][plane][slice][lane]
-  float *fc2_unit, *fc2_bias;                  // [outputs]
+  uint4* fc2;                      // [16 outputs][slice][plane][lane]
+  float *fc2_unit, *fc2_bias;      // [16 outputs], [outputs]
   int64_t bytes;
 
   __host__ __device__ ForwardMemory(unsigned char* memory, int tiles, int output_tiles) {
@@ -370,7 +371,7 @@ struct ForwardMemory {
     x_unit = arrays.take<float>(kForwardStages * rows);
     result = arrays.take<int64_t>(rows);
     fc2 = arrays.take<uint4>(output_tiles * kPlanes * kSlices * kLanes);
-    fc2_unit = arrays.take<float>(16 * output_tiles);
+    fc2_unit = arrays.take<float>(output_tiles);
     fc2_bias = arrays.take<float>(16 * output_tiles);
     bytes = arrays.bytes();
   }
@@ -399,12 +400,8 @@ __global__ void __launch_bounds__(4 * kWidth)
   }
 
   if (warp < kSlices) {
-    Weights<kPlanes, kSlices> w[3];
+    const GateWeights<kWidth, kPlanes> w(network.weights.weight_hh, slice, g, t);
     float bias[2];
-#pragma unroll
-    for (int gate = 0; gate < 3; ++gate) {
-      load_rows<kWidth>(w[gate], network.weights.weight_hh + gate * kWidth * kWidth, slice, g, t);
-    }
 #pragma unroll
     for (int e = 0; e < 2; ++e) bias[e] = network.weights.bias_hh[2 * kWidth + 16 * slice + 2 * g + e];
 
@@ -428,16 +425,16 @@ __global__ void __launch_bounds__(4 * kWidth)
         features[1] = h[2 + c];
       }
     };
-    const auto multiply_states = [&](Sums<kPlanes>(&sums)[3], const Tile<kPlanes, kSlices>& state) {
+    const auto multiply_states = [&](Sums<kPlanes, 2>(&sums)[3], const Tile<kPlanes, kSlices>& state) {
 #pragma unroll
-      for (auto& sum : sums) sum = Sums<kPlanes>();
+      for (int gate = 0; gate < 3; ++gate) sums[gate] = Sums<kPlanes, 2>();
 #pragma unroll
       for (int s = 0; s < kSlices; ++s) {
         uint2 other[kPlanes];
         state.read(other, s, g, t);
-        multiply(sums[0], w[0].part[s], s, other);
-        multiply(sums[2], w[2].part[s], s, other);
-        multiply(sums[1], w[1].part[s], s, other);
+        sums[0].add(w.gate[0].part[s], s, other);
+        sums[2].add(w.gate[2].part[s], s, other);
+        sums[1].add(w.gate[1].part[s], s, other);
       }
     };
 
@@ -458,7 +455,7 @@ __global__ void __launch_bounds__(4 * kWidth)
       const Tile<kPlanes, kSlices>* before = shared.states + now * tiles;
       Tile<kPlanes, kSlices>* behind = shared.states + (1 - now) * tiles;
       const float4* gates = shared.gates + (now * tiles * kSlices + slice) * 3 * kLanes + lane;
-      Sums<kPlanes> sums[3], ahead[3];
+      Sums<kPlanes, 2> sums[3], ahead[3];
       multiply_states(ahead, before[0]);
       for (int tile = 0; tile < tiles; ++tile, gates += kSlices * 3 * kLanes) {
 #pragma unroll
@@ -468,7 +465,7 @@ __global__ void __launch_bounds__(4 * kWidth)
 #pragma unroll
         for (int gate = 0; gate < 3; ++gate) to_array(inputs[gate], gates[gate * kLanes]);
         to_array(h, shared.state[(tile * kSlices + slice) * kLanes + lane]);
-        const Cell cell = cell_of(inputs, sums, w, bias);
+        const Cell cell = cell_of(inputs, sums, w.unit, bias);
 #pragma unroll
         for (int i = 0; i < 4; ++i) h[i] = cell.n[i] + cell.z[i] * (h[i] - cell.n[i]);
         send(behind, tile, h);
@@ -488,33 +485,30 @@ __global__ void __launch_bounds__(4 * kWidth)
 
   const InputGates<kWidth, kPlanes> input_gates(network.weights, slice, g, t);
   for (int tile = slice; tile < output_tiles; tile += kSlices) {
-    Weights<kPlanes, kSlices> w;
     const int output = 16 * tile + 2 * g;
-    load_weights(w, [&](float (&values)[2][4], int s) {
+    const auto read = [&](float(&values)[2][4], int s) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int column = 16 * s + Neighbours()(t, i);
-          values[e][i] = output + e < outputs ? network.weights.fc2_weight[(output + e) * kWidth + column] : 0.0f;
-        }
+      for (int i = 0; i < 8; ++i) {
+        const int row = output + i / 4, column = 16 * s + Neighbours()(t, i % 4);
+        values[i / 4][i % 4] = row < outputs ? network.weights.fc2_weight[row * kWidth + column] : 0.0f;
       }
-    });
+    };
+    const float unit = unit_of(largest_weight<kSlices>(read));
+    Weights<kPlanes, kSlices> w;
+    load_weights(w, unit, read);
 #pragma unroll
-    for (int plane = 0; plane < kPlanes; ++plane) {
+    for (int s = 0; s < kSlices; ++s) {
 #pragma unroll
-      for (int s = 0; s < kSlices; ++s) {
-        const auto& part = w.part[s][plane];
-        shared.fc2[((tile * kPlanes + plane) * kSlices + s) * kLanes + lane] =
-            make_uint4(part[0], part[1], part[2], part[3]);
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        shared.fc2[((tile * kSlices + s) * kPlanes + plane) * kLanes + lane] = to_vector(w.part[s][plane]);
       }
     }
     if (t == 0) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        shared.fc2_unit[output + e] = w.unit[e];
         shared.fc2_bias[output + e] = output + e < outputs ? network.weights.fc2_bias[output + e] : 0.0f;
       }
+      shared.fc2_unit[tile] = unit;
     }
   }
 
@@ -563,19 +557,19 @@ __global__ void __launch_bounds__(4 * kWidth)
           state->read(other, s, g, t);
           uint32_t w[kPlanes][4];
 #pragma unroll
-          for (int plane = 0; plane < kPlanes; ++plane) to_array(w[plane], weights[(plane * kSlices + s) * kLanes]);
-          multiply(sums, w, s, other);
+          for (int plane = 0; plane < kPlanes; ++plane) to_array(w[plane], weights[(s * kPlanes + plane) * kLanes]);
+          sums.add(w, s, other);
         }
         const int output = 16 * m + 2 * g;
-        const float2 unit = *reinterpret_cast<const float2*>(shared.fc2_unit + output);
+        const float unit = shared.fc2_unit[m];
         const float2 bias = *reinterpret_cast<const float2*>(shared.fc2_bias + output);
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const int row = kRowsPerTile * tile + 2 * t + c;
           if (row >= valid) continue;
           float* to = q + shared.result[row] * outputs + output;
-          if (output < outputs) to[0] = sums.value(c) * unit.x + bias.x;
-          if (output + 1 < outputs) to[1] = sums.value(2 + c) * unit.y + bias.y;
+          if (output < outputs) to[0] = sums.value(c) * unit + bias.x;
+          if (output + 1 < outputs) to[1] = sums.value(2 + c) * unit + bias.y;
         }
       }
     }

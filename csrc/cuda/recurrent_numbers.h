@@ -60,39 +60,40 @@ __device__ __forceinline__ float2 from_planes(const uint32_t (&planes)[kPlanes])
 template <int kPlanes, int kSteps>
 struct Weights {
   uint32_t part[kSteps][kPlanes][4];
-  float unit[2];  // of the rows
 };
 
-// `read(values, s)` gives the four columns of step s that this lane has, of both rows: values[row][column].
-template <int kPlanes, int kSteps, class Read>
-__device__ __forceinline__ void load_weights(Weights<kPlanes, kSteps>& w, const Read& read) {
-  float values[kSteps][2][4], largest[2] = {0, 0};
+// A warp's weights have one unit. `read(values, s)` gives the four columns of step s that this lane has, of both rows:
+// values[row][column].
+template <int kSteps, class Read>
+__device__ __forceinline__ float largest_weight(const Read& read) {
+  float largest = 0;
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
-    read(values[s], s);
+    float values[2][4];
+    read(values, s);
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) largest[e] = fmaxf(largest[e], fabsf(values[s][e][i]));
-    }
+    for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(values[i / 4][i % 4]));
   }
 #pragma unroll
-  for (int e = 0; e < 2; ++e) {
+  for (int lane = 1; lane < kLanes; lane *= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lane));
+  }
+  return largest;
+}
+template <int kPlanes, int kSteps, class Read>
+__device__ __forceinline__ void load_weights(Weights<kPlanes, kSteps>& w, float unit, const Read& read) {
+  const float scale = inverse(unit);
 #pragma unroll
-    for (int lane = 1; lane < 4; lane *= 2) {
-      largest[e] = fmaxf(largest[e], __shfl_xor_sync(0xffffffffu, largest[e], lane));
-    }
-    w.unit[e] = unit_of(largest[e]);
-    const float scale = inverse(w.unit[e]);
+  for (int s = 0; s < kSteps; ++s) {
+    float values[2][4];
+    read(values, s);
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = i % 2, first = i / 2 * 2;
+      uint32_t planes[kPlanes];
+      to_planes(planes, values[row][first] * scale, values[row][first + 1] * scale);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t planes[kPlanes];
-        to_planes(planes, values[s][e][2 * half] * scale, values[s][e][2 * half + 1] * scale);
-#pragma unroll
-        for (int plane = 0; plane < kPlanes; ++plane) w.part[s][plane][2 * half + e] = planes[plane];
-      }
+      for (int plane = 0; plane < kPlanes; ++plane) w.part[s][plane][i] = planes[plane];
     }
   }
 }
@@ -106,13 +107,16 @@ struct AsInstruction {
   __device__ __forceinline__ int operator()(int t, int i) const { return 2 * t + i % 2 + i / 2 * 8; }
 };
 
-// Rows 16 * slice + 2g + e of a matrix with kWidth columns.
-template <int kWidth, int kPlanes>
-__device__ __forceinline__ void load_rows(Weights<kPlanes, kWidth / 16>& w, const float* matrix, int slice, int g,
-                                          int t) {
-  const float* first = matrix + (16 * slice + 2 * g) * kWidth + Neighbours()(t, 0);
-  const bool aligned = reinterpret_cast<uintptr_t>(matrix) % 16 == 0;
-  load_weights(w, [&](float (&values)[2][4], int s) {
+// Reads rows 16 * slice + 2g + e of a matrix with kWidth columns.
+template <int kWidth>
+struct Rows {
+  const float* first;
+  bool aligned;
+
+  __device__ __forceinline__ Rows(const float* matrix, int slice, int g, int t)
+      : first(matrix + (16 * slice + 2 * g) * kWidth + Neighbours()(t, 0)),
+        aligned(reinterpret_cast<uintptr_t>(matrix) % 16 == 0) {}
+  __device__ __forceinline__ void operator()(float (&values)[2][4], int s) const {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const float* four = first + e * kWidth + 16 * s;
@@ -124,50 +128,75 @@ __device__ __forceinline__ void load_rows(Weights<kPlanes, kWidth / 16>& w, cons
         for (int i = 0; i < 4; ++i) values[e][i] = four[i];
       }
     }
-  });
-}
+  }
+};
 
-// Columns 16 * slice + 2g + e of a matrix with kWidth of them. Steps are groups of 16 of its rows, from `first` on and
-// round to it again.
-template <int kWidth, class Column, int kPlanes, int kSteps>
-__device__ __forceinline__ void load_columns(Weights<kPlanes, kSteps>& w, const float* matrix, int slice, int g, int t,
-                                             int first = 0) {
-  load_weights(w, [&](float (&values)[2][4], int s) {
+// Reads columns 16 * slice + 2g + e of a matrix with kWidth of them. Steps are groups of 16 of its 16 kSteps rows, from
+// kFirst on and round to it again.
+template <int kWidth, int kSteps, class Column, int kFirst = 0>
+struct Columns {
+  const float* first;
+  int t;
+
+  __device__ __forceinline__ Columns(const float* matrix, int slice, int g, int t)
+      : first(matrix + 16 * slice + 2 * g), t(t) {}
+  __device__ __forceinline__ void operator()(float (&values)[2][4], int s) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float* row = matrix + (16 * ((s + first) % kSteps) + Column()(t, i)) * kWidth + 16 * slice + 2 * g;
+      const float* row = first + (16 * ((s + kFirst) % kSteps) + Column()(t, i)) * kWidth;
 #pragma unroll
       for (int e = 0; e < 2; ++e) values[e][i] = row[e];
-    }
-  });
-}
-
-// One tile of results. Several sums, so that fewer products wait for each other.
-template <int kPlanes>
-struct Sums {
-  float part[kPlanes == 1 ? 2 : 3][4] = {};
-
-  __device__ __forceinline__ float value(int i) const {
-    if constexpr (kPlanes == 1) {
-      return part[0][i] + part[1][i];
-    } else {
-      return part[0][i] + (part[1][i] + part[2][i]) * kLowUnit;
     }
   }
 };
 
-// Adds a step of weights times rows, whose factors are `other`.
-template <int kPlanes>
-__device__ __forceinline__ void multiply(Sums<kPlanes>& sums, const uint32_t (&w)[kPlanes][4], int step,
-                                         const uint2 (&other)[kPlanes]) {
-  if constexpr (kPlanes == 1) {
-    multiply_half(sums.part[step % 2], w[0], other[0].x, other[0].y);
-  } else {
-    multiply_half(sums.part[0], w[0], other[0].x, other[0].y);
-    multiply_half(sums.part[1], w[1], other[0].x, other[0].y);
-    multiply_half(sums.part[2], w[0], other[1].x, other[1].y);
+// The same 16 features of the three gates.
+template <int kWidth, int kPlanes>
+struct GateWeights {
+  Weights<kPlanes, kWidth / 16> gate[3];
+  float unit;
+
+  __device__ __forceinline__ GateWeights(const float* matrix, int slice, int g, int t) {
+    float largest = 0;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      const Rows<kWidth> rows(matrix + i * kWidth * kWidth, slice, g, t);
+      largest = fmaxf(largest, largest_weight<kWidth / 16>(rows));
+    }
+    unit = unit_of(largest);
+    forget();
+#pragma unroll
+    for (int i = 0; i < 3; ++i) load_weights(gate[i], unit, Rows<kWidth>(matrix + i * kWidth * kWidth, slice, g, t));
   }
-}
+};
+
+// One tile of results. Two products that are under way at once must not add to the same sum: kApart sums of the first
+// planes take turns where a warp has nothing else to do.
+template <int kPlanes, int kApart = 1>
+struct Sums {
+  float first[kApart][4] = {}, rest[kApart][4] = {};  // of the products of first planes, and of the others
+
+  // Adds a step of weights times rows, whose factors are `other`.
+  __device__ __forceinline__ void add(const uint32_t (&w)[kPlanes][4], int step, const uint2 (&other)[kPlanes]) {
+    multiply_half(first[step % kApart], w[0], other[0].x, other[0].y);
+    if constexpr (kPlanes == 2) {
+      multiply_half(rest[0], w[1], other[0].x, other[0].y);
+      multiply_half(rest[kApart - 1], w[0], other[1].x, other[1].y);
+    }
+  }
+  __device__ __forceinline__ float value(int i) const {
+    float sum = first[0][i];
+#pragma unroll
+    for (int j = 1; j < kApart; ++j) sum += first[j][i];
+    if constexpr (kPlanes == 2) {
+      float small = rest[0][i];
+#pragma unroll
+      for (int j = 1; j < kApart; ++j) small += rest[j][i];
+      sum += small * kLowUnit;
+    }
+    return sum;
+  }
+};
 
 // Floats as factors of multiply_tf32, for what has no common unit: inputs, and gradients of the outputs.
 template <int kPlanes, int kCount>
