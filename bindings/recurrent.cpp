@@ -194,11 +194,11 @@ Params cuda_params(Address obs, Address last_actions, const CudaSizes& sizes, co
                    const Strides& action_stride, bool precise, std::size_t networks) {
   check(networks >= 1 && networks <= kRecurrentNetworks, "there must be 1 to 4 networks");
   check(sizes[5] == 32 || sizes[5] == 64, "hidden_size must be 32 or 64");
-  check(sizes[1] < (int64_t{1} << 31), "there are too many steps");
   Params p{};
   static_cast<RecurrentShape&>(p) =
       shape({sizes[0], sizes[1], sizes[2], sizes[3], 0, sizes[4], sizes[5], 1}, obs_stride, action_stride);
   check(rows(p) * p.steps > 0, "there must be rows and steps");
+  check(rows(p) < (int64_t{1} << 31) / (p.steps + 1), "there are too many rows and steps");
   p.obs = pointer<const float>(obs, rows(p) * p.steps * p.obs_size, "obs");
   p.last_actions = pointer<const int64_t>(last_actions, 0, "last_actions");
   p.precise = precise;

@@ -53,7 +53,7 @@ const char* forward(const RecurrentCudaForward& p, cudaStream_t stream) {
   const int64_t input_bytes = sizeof(InputMemory<kWidth, kPlanes>);
   allow_shared(&input_kernel<kWidth, kPlanes>, input_bytes);
   const dim3 input_grid(blocks(rows * p.steps, kInputRows, INT32_MAX), networks);
-  input_kernel<kWidth, kPlanes><<<input_grid, kInputThreads, input_bytes, stream>>>(p);
+  input_kernel<kWidth, kPlanes><<<input_grid, kInputThreads, input_bytes, stream>>>(p, RowIndex(p));
   if (const char* error = launched()) return error;
 
   allow_shared(&forward_kernel<kWidth, kPlanes>, bytes(tiles));
@@ -124,7 +124,7 @@ const char* backward(const RecurrentCudaBackward& p, cudaStream_t stream) {
   const int64_t bytes = gradients_bytes<kWidth, kPlanes>(outputs, p.obs_size);
   allow_shared(&gradients_kernel<kWidth, kPlanes>, bytes);
   const dim3 grid(plan.states_blocks + plan.shares * plan.inputs_blocks, networks);
-  gradients_kernel<kWidth, kPlanes><<<grid, 4 * kWidth, bytes, stream>>>(p, plan);
+  gradients_kernel<kWidth, kPlanes><<<grid, 4 * kWidth, bytes, stream>>>(p, plan, RowIndex(p));
   if (const char* error = launched()) return error;
 
   const dim3 sum_grid(blocks(sums, kSumThreads, INT32_MAX), networks);

@@ -149,7 +149,7 @@ __device__ __forceinline__ float largest_of(const float* slices) {
 // states one step later, and of what comes in: it may be off by the growth of one step, for which there are 15 powers of
 // two.
 template <int kWidth, int kPlanes>
-__global__ void __launch_bounds__(6 * kWidth)
+__global__ void __launch_bounds__(6 * kWidth, 1)
     backward_kernel(const __grid_constant__ RecurrentCudaBackward p, const __grid_constant__ BackwardPlan plan) {
   constexpr int kSlices = kWidth / 16, kThreads = 6 * kWidth, kThird = 2 * kWidth;
   extern __shared__ __align__(16) unsigned char memory[];
@@ -324,25 +324,33 @@ __global__ void __launch_bounds__(6 * kWidth)
       }
     }
 
+    // What moves back with the steps, and what does not.
+    constexpr int kPerRow = 16;  // threads that copy the gradients of a row's outputs
+    const int64_t last = (steps - 1) * rows + first;
+    int64_t row_from = last, row_to = last;
+    const float* grad_q_from = network.grad_q + (steps - 1) * network.grad_q_stride[1];
     const auto load_step = [&](int step) {
       if (step >= steps) return;
-      const int stage = step & (stages - 1), time = steps - 1 - step;
-      const int64_t row = time * rows + first;
-      shared.x.load(step, saved.x + row * kPlanes * kWidth, valid, thread);
-      load_units(shared.x_unit, step, stages, saved.x_unit + row, tile_rows, valid, thread);
-      constexpr int kPerRow = 16;  // threads
-      const int own = thread % kPerRow;
+      const int stage = step & (stages - 1);
+      shared.x.load(step, saved.x + row_from * kPlanes * kWidth, valid, thread);
+      load_units(shared.x_unit, step, stages, saved.x_unit + row_from, tile_rows, valid, thread);
+#pragma unroll 1
       for (int i = thread / kPerRow; outputs > 0 && i < valid; i += kThird / kPerRow) {
         float* to = shared.grad_q + (stage * tile_rows + i) * stride;
-        const float* from = network.grad_q + shared.grad_q_row[i] + time * network.grad_q_stride[1];
-        for (int output = own; output < outputs; output += kPerRow) {
-          copy_4(to + output, from + output * network.grad_q_stride[3], true);
+        const float* from = grad_q_from + shared.grad_q_row[i] + thread % kPerRow * network.grad_q_stride[3];
+#pragma unroll 1
+        for (int output = thread % kPerRow; output < outputs; output += kPerRow) {
+          copy_4(to + output, from, true);
+          from += kPerRow * network.grad_q_stride[3];
         }
       }
+#pragma unroll 1
       for (int i = thread; network.grad_hidden_states != nullptr && i < valid * kWidth; i += kThird) {
-        const int64_t from = (shared.result[i / kWidth] + time * p.agents) * kWidth + i % kWidth;
+        const int64_t from = (shared.result[i / kWidth] + (steps - 1 - step) * p.agents) * kWidth + i % kWidth;
         copy_4(shared.grad_states + stage * tile_rows * kWidth + i, network.grad_hidden_states + from, true);
       }
+      row_from -= rows;
+      grad_q_from -= network.grad_q_stride[1];
     };
     // What this third works on lies one step further ahead than its group.
     const auto load = [&](int step) {
@@ -355,6 +363,7 @@ __global__ void __launch_bounds__(6 * kWidth)
       float4* gates = shared.gates + (step % 2 * tiles * kSlices + slice) * 3 * kLanes;
       const float* unit = shared.x_unit + (step & (stages - 1)) * tile_rows + 2 * t;
       const unsigned char* x = shared.x.at(step, 0);
+#pragma unroll 1
       for (int tile = 0; tile < tiles; ++tile) {
         const float2 units = *reinterpret_cast<const float2*>(unit);
         largest_unit = fmaxf(largest_unit, fmaxf(units.x, units.y));
@@ -367,9 +376,11 @@ __global__ void __launch_bounds__(6 * kWidth)
     const auto send_incoming = [&](int step) {
       if (step >= steps) return;
       const int stage = step & (stages - 1);
+#pragma unroll 1
       for (int tile = 0; tile < tiles; ++tile) {
         float values[4] = {};
         const float* grad_q = shared.grad_q + (stage * tile_rows + kRowsPerTile * tile + g) * stride + 2 * t;
+#pragma unroll 2
         for (int k = 0; k < output_steps; ++k) {
           const float2 pair = *reinterpret_cast<const float2*>(grad_q + 8 * k);
           Tf32<kPlanes, 4> weights;
@@ -391,11 +402,10 @@ __global__ void __launch_bounds__(6 * kWidth)
       }
     };
     const auto leave = [&](int step) {
-      const int64_t row = (steps - 1 - step) * rows + first + g;
-      uint16_t* to = work.gradients + row * kPlanes * kGradients * kWidth + 16 * slice + 4 * t;
       const auto* gradients = shared.gradients + step % 2 * tiles;
-      for (int tile = 0; tile < tiles; ++tile, ++gradients, to += kRowsPerTile * kPlanes * kGradients * kWidth) {
-        if (kRowsPerTile * tile + g >= valid) break;
+      uint16_t* to = work.gradients + (row_to + g) * kPlanes * kGradients * kWidth + 16 * slice + 4 * t;
+#pragma unroll 1
+      for (int tile = 0; tile < tiles && kRowsPerTile * tile + g < valid; ++tile, ++gradients) {
 #pragma unroll
         for (int gate = 0; gate < kGradients; ++gate) {
           uint2 planes[kPlanes];
@@ -405,10 +415,10 @@ __global__ void __launch_bounds__(6 * kWidth)
             *reinterpret_cast<uint2*>(to + (plane * kGradients + gate) * kWidth) = planes[plane];
           }
         }
+        to += kRowsPerTile * kPlanes * kGradients * kWidth;
       }
-      if (thread < valid) {
-        work.unit[(steps - 1 - step) * rows + first + thread] = shared.unit[step % 2 * tiles + thread / kRowsPerTile];
-      }
+      if (thread < valid) work.unit[row_to + thread] = shared.unit[step % 2 * tiles + thread / kRowsPerTile];
+      row_to -= rows;
     };
 
     load_step(0);
@@ -442,11 +452,10 @@ __global__ void __launch_bounds__(6 * kWidth)
   float bias[2];
 #pragma unroll
   for (int e = 0; e < 2; ++e) bias[e] = network.weights.bias_hh[2 * kWidth + 16 * slice + 2 * g + e];
+  const uint16_t* states_from = saved.states + ((steps - 1) * rows + first) * kPlanes * kWidth;
   const auto load = [&](int step) {
-    if (step < steps) {
-      const int64_t row = (steps - 1 - step) * rows + first;
-      shared.states.load(step, saved.states + row * kPlanes * kWidth, valid, thread);
-    }
+    if (step < steps) shared.states.load(step, states_from, valid, thread);
+    states_from -= rows * kPlanes * kWidth;
     close_copies();
   };
   const auto send_slopes = [&](int step) {
@@ -454,6 +463,7 @@ __global__ void __launch_bounds__(6 * kWidth)
     const unsigned char* states = shared.states.at(step, 0);
     const float4* gates = shared.gates + (step % 2 * tiles * kSlices + slice) * 3 * kLanes + lane;
     float4* to = shared.slopes + (step % 2 * tiles * kSlices + slice) * kSlopes * kLanes + lane;
+#pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       Sums<kPlanes> sums[3];
 #pragma unroll
@@ -510,17 +520,25 @@ constexpr float kTop = 256;  // what the largest unit is taken for; smaller ones
 template <int kWidth>
 constexpr int kMatrixBytes = 2 * kWidth + 16;  // a row that load_matrices reads: eight of them differ in their banks
 
-// Rows [planes, kFrom] of half precision numbers, of which the first kWidth of each plane go to [plane][row]. One after
-// the other 16 rows, `valid` of which exist.
-template <int kWidth, int kFrom, int kPlanes, int kFromPlanes>
-__device__ __forceinline__ void load_matrix(unsigned char* to, const uint16_t* from, int64_t valid, int threads) {
-  constexpr int kPieces = kWidth / 8;
-  for (int i = threadIdx.x; i < kBlockRows * kPlanes * kPieces; i += threads) {
+// Copies 16 rows [kFromPlanes, kFrom] of half precision numbers, of each plane the first kWidth, to [plane][row]. Rows
+// from `valid` on become zeros.
+template <int kWidth, int kFrom, int kPlanes, int kFromPlanes, int kThreads>
+__device__ __forceinline__ void load_matrix(unsigned char* to, const uint16_t* from, int valid) {
+  constexpr int kPieces = kWidth / 8, kAll = kBlockRows * kPlanes * kPieces;  // of 16 bytes
+#pragma unroll
+  for (int pass = 0; pass < kAll; pass += kThreads) {
+    const int i = pass + static_cast<int>(threadIdx.x);
+    if (kAll % kThreads != 0 && i >= kAll) break;
     const int piece = i % kPieces, plane = i / kPieces % kPlanes, row = i / (kPieces * kPlanes);
     const bool exists = row < valid;
-    const int64_t at = exists ? (static_cast<int64_t>(row) * kFromPlanes + plane) * kFrom + 8 * piece : 0;
-    copy_16(to + (plane * kBlockRows + row) * kMatrixBytes<kWidth> + 16 * piece, from + at, exists);
+    const uint16_t* source = from + (row * kFromPlanes + plane) * kFrom + 8 * piece;
+    copy_16(to + (plane * kBlockRows + row) * kMatrixBytes<kWidth> + 16 * piece, exists ? source : from, exists);
   }
+}
+
+// How many of 16 rows from `first` on exist.
+__device__ __forceinline__ int rows_left(int64_t first, int64_t total) {
+  return static_cast<int>(max(min(total - first, static_cast<int64_t>(kBlockRows)), static_cast<int64_t>(0)));
 }
 
 // The largest units of all blocks of the walk: of the gradients, and of x.
@@ -553,7 +571,8 @@ struct StatesStage {
 // Half of the warps multiply with x, half with states, each three tiles of gradients with all columns. Products over
 // rows need one unit for all of them: the rows' own go to x and to the states as they are read.
 template <int kWidth, int kPlanes>
-__device__ void states_gradients(const RecurrentCudaBackward& p, const BackwardPlan& plan, unsigned char* memory) {
+__device__ __forceinline__ void states_gradients(const RecurrentCudaBackward& p, const BackwardPlan& plan,
+                                                 const RowIndex& index, unsigned char* memory) {
   constexpr int kSlices = kWidth / 16, kThreads = 4 * kWidth;
   using Stage = StatesStage<kWidth, kPlanes>;
   const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4, warp = threadIdx.x / kLanes;
@@ -573,29 +592,33 @@ __device__ void states_gradients(const RecurrentCudaBackward& p, const BackwardP
     const int64_t first = block * kBlockRows;
     if (first < states) {
       Stage& stage = stages[at];
-      const int64_t valid = total - first, row = min(first, total - 1);  // a row that exists, for those that do not
-      load_matrix<kGradients * kWidth, kGradients * kWidth, kPlanes, kPlanes>(
-          &stage.gradients[0][0][0], work.gradients + row * kPlanes * kGradients * kWidth, valid, kThreads);
-      load_matrix<kWidth, kWidth, kPlanes, kPlanes>(&stage.x[0][0][0], saved.x + row * kPlanes * kWidth, valid,
-                                                    kThreads);
-      load_matrix<kWidth, kWidth, kPlanes, kPlanes>(&stage.states[0][0][0], saved.states + first * kPlanes * kWidth,
-                                                    states - first, kThreads);
+      const int valid = rows_left(first, total);
+      const int64_t row = valid > 0 ? first : 0;  // that exists
+      load_matrix<kGradients * kWidth, kGradients * kWidth, kPlanes, kPlanes, kThreads>(
+          &stage.gradients[0][0][0], work.gradients + row * kPlanes * kGradients * kWidth, valid);
+      load_matrix<kWidth, kWidth, kPlanes, kPlanes, kThreads>(&stage.x[0][0][0], saved.x + row * kPlanes * kWidth,
+                                                              valid);
+      load_matrix<kWidth, kWidth, kPlanes, kPlanes, kThreads>(
+          &stage.states[0][0][0], saved.states + first * kPlanes * kWidth, rows_left(first, states));
       if (threadIdx.x < kBlockRows) {
         const int i = static_cast<int>(threadIdx.x);
-        copy_4(&stage.unit[i], work.unit + (i < valid ? first + i : 0), i < valid);
-        copy_4(&stage.x_unit[i], saved.x_unit + (i < valid ? first + i : 0), i < valid);
+        copy_4(&stage.unit[i], work.unit + row + (i < valid ? i : 0), i < valid);
+        copy_4(&stage.x_unit[i], saved.x_unit + row + (i < valid ? i : 0), i < valid);
       }
-      for (int i = threadIdx.x; i < kBlockRows * outputs; i += kThreads) {
-        const int r = i / outputs, output = i - r * outputs;
-        const int64_t behind = first + r - rows;
+      constexpr int kPerRow = 16;  // threads
+#pragma unroll
+      for (int pass = 0; pass < kBlockRows; pass += kThreads / kPerRow) {
+        if (outputs == 0) break;
+        const int i = pass + static_cast<int>(threadIdx.x) / kPerRow, own = threadIdx.x % kPerRow;
+        const int64_t behind = first + i - rows;
         const bool exists = behind >= 0 && behind < total;
-        int64_t step, row, episode, agent;
-        split(exists ? behind : 0, rows, step, row);
-        split(row, p.agents, episode, agent);
-        copy_4(grad_q + (at * kBlockRows + r) * stride + output,
-               network.grad_q + episode * network.grad_q_stride[0] + step * network.grad_q_stride[1] +
-                   agent * network.grad_q_stride[2] + output * network.grad_q_stride[3],
-               exists);
+        const float* from = network.grad_q + index(exists ? behind : 0).offset(network.grad_q_stride) +
+                            own * network.grad_q_stride[3];
+#pragma unroll 1
+        for (int output = own; output < outputs; output += kPerRow) {
+          copy_4(grad_q + (at * kBlockRows + i) * stride + output, from, exists);
+          from += kPerRow * network.grad_q_stride[3];
+        }
       }
     }
     close_copies();
@@ -606,7 +629,7 @@ __device__ void states_gradients(const RecurrentCudaBackward& p, const BackwardP
   const float2 largest = largest_units(work, plan.walks, lane);
   const float scale = inverse(largest.x), x_scale = inverse(largest.y);
   float sums[3][2 * kSlices][4] = {}, biases[3][4] = {};
-  float output_sums[4][4] = {}, output_biases[4][4] = {};
+  float output_sums[4][4] = {}, output_bias = 0;
 
   int64_t block = blockIdx.x;
   for (int at = 0; at < kGradientStages - 1; ++at) load(block + at * plan.states_blocks, at);
@@ -696,11 +719,11 @@ __device__ void states_gradients(const RecurrentCudaBackward& p, const BackwardP
         const float2 lower = *reinterpret_cast<const float2*>(from + (k + t + 4) * stride + 16 * m + 2 * g);
         const Tf32<kPlanes, 4> grads({upper.x, upper.y, lower.x, lower.y});
         add_product<kPlanes>(output_sums[m], [&](float (&sum)[4]) { multiply(sum, grads, state); });
-        if (warp > 0) continue;
-        const float one = g == 0 ? 1.0f : 0.0f;
-        add_product<kPlanes>(output_biases[m],
-                             [&](float (&sum)[4]) { multiply(sum, grads, Tf32<kPlanes, 2>({one, one})); });
       }
+    }
+    if (threadIdx.x < outputs) {
+#pragma unroll
+      for (int i = 0; i < kBlockRows; ++i) output_bias += from[i * stride + threadIdx.x];
     }
   }
   wait_copies<0>();
@@ -736,9 +759,9 @@ __device__ void states_gradients(const RecurrentCudaBackward& p, const BackwardP
       if (output >= outputs) continue;
 #pragma unroll
       for (int i = 0; i < 2; ++i) to[part.output + output * kWidth + 8 * warp + 2 * t + i] = output_sums[m][2 * e + i];
-      if (warp == 0 && t == 0) to[part.output_bias + output] = output_biases[m][2 * e];
     }
   }
+  if (threadIdx.x < outputs) to[part.output_bias + threadIdx.x] = output_bias;
 }
 
 // A stage of the inputs' products; the observations [row][stride] follow behind all stages.
@@ -754,14 +777,15 @@ struct InputsStage {
 template <int kWidth, int kPlanes>
 struct InputsMemory {
   InputsStage<kWidth, kPlanes> stage[kGradientStages];
-  float grad_x[kBlockRows][kWidth + 8];
+  uint32_t grad_x[kPlanes][kBlockRows][kWidth + 8];  // factors of multiply_tf32
 };
 
 // Gradients of fc1 with its bias, and of the input layer's sums where wanted. First the gradient of 16 rows of x, one
 // tile of 16 features and 8 rows in each warp, then its product with the inputs, one in each warp of every 2 kSlices
 // tiles of columns.
 template <int kWidth, int kPlanes>
-__device__ void inputs_gradients(const RecurrentCudaBackward& p, const BackwardPlan& plan, unsigned char* memory) {
+__device__ __forceinline__ void inputs_gradients(const RecurrentCudaBackward& p, const BackwardPlan& plan,
+                                                 const RowIndex& index, unsigned char* memory) {
   constexpr int kSlices = kWidth / 16, kThreads = 4 * kWidth, kWarps = 2 * kSlices;
   constexpr int kShare = share_of(kWidth), kTiles = kShare / 8 / kWarps;
   const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4, warp = threadIdx.x / kLanes;
@@ -785,27 +809,25 @@ __device__ void inputs_gradients(const RecurrentCudaBackward& p, const BackwardP
     const int64_t first = block * kBlockRows;
     if (first < total) {
       auto& stage = shared.stage[at];
-      load_matrix<3 * kWidth, kGradients * kWidth, kPlanes, kPlanes>(
-          &stage.gradients[0][0][0], work.gradients + first * kPlanes * kGradients * kWidth, total - first, kThreads);
-      load_matrix<kWidth, kWidth, 1, kPlanes>(&stage.x[0][0], saved.x + first * kPlanes * kWidth, total - first,
-                                              kThreads);
+      const int valid = rows_left(first, total);
+      load_matrix<3 * kWidth, kGradients * kWidth, kPlanes, kPlanes, kThreads>(
+          &stage.gradients[0][0][0], work.gradients + first * kPlanes * kGradients * kWidth, valid);
+      load_matrix<kWidth, kWidth, 1, kPlanes, kThreads>(&stage.x[0][0], saved.x + first * kPlanes * kWidth, valid);
       constexpr int kPerRow = kThreads / kBlockRows;
-      const int r = threadIdx.x / kPerRow, piece = threadIdx.x % kPerRow;
-      const bool exists = first + r < total;
-      int64_t step, row, episode, agent;
-      split(exists ? first + r : 0, rows, step, row);
-      split(row, p.agents, episode, agent);
-      const float* from = p.obs + episode * p.obs_stride[0] + step * p.obs_stride[1] + agent * p.obs_stride[2];
-      for (int i = piece; i < n_obs; i += kPerRow) {
-        copy_4(obs + (at * kBlockRows + r) * stride + i, from + first_column + i, exists);
+      const int i = threadIdx.x / kPerRow, own = threadIdx.x % kPerRow;
+      const bool exists = i < valid;
+      const RowIndex::Place place = index(exists ? first + i : first);
+      const float* from = p.obs + place.offset(p.obs_stride) + first_column + own;
+#pragma unroll 4
+      for (int column = own; column < n_obs; column += kPerRow) {
+        copy_4(obs + (at * kBlockRows + i) * stride + column, from, exists);
+        from += kPerRow;
       }
-      if (piece == 0) {
-        copy_4(&stage.unit[r], work.unit + (exists ? first + r : 0), exists);
-        stage.agent[r] = columns.agent(agent);
+      if (own == 0) {
+        copy_4(&stage.unit[i], work.unit + first + (exists ? i : 0), exists);
+        stage.agent[i] = columns.agent(place.agent);
         if (p.last_actions != nullptr) {
-          const int64_t* action =
-              p.last_actions + episode * p.action_stride[0] + step * p.action_stride[1] + agent * p.action_stride[2];
-          copy_8(&stage.action[r], action, exists);
+          copy_8(&stage.action[i], p.last_actions + place.offset(p.action_stride), exists);
         }
       }
     }
@@ -855,7 +877,12 @@ __device__ void inputs_gradients(const RecurrentCudaBackward& p, const BackwardP
       float2 pair;
       pair.x = (x & 0xffffu) != 0 ? grad_x.value(c) * (weights_unit * stage.unit[row]) : 0.0f;
       pair.y = (x >> 16) != 0 ? grad_x.value(2 + c) * (weights_unit * stage.unit[row]) : 0.0f;
-      *reinterpret_cast<float2*>(&shared.grad_x[row][feature]) = pair;
+      const Tf32<kPlanes, 2> factors({pair.x, pair.y});
+#pragma unroll
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        *reinterpret_cast<uint2*>(&shared.grad_x[plane][row][feature]) =
+            make_uint2(factors.part[plane][0], factors.part[plane][1]);
+      }
       if (network.grad_x == nullptr || share > 0 || block * kBlockRows + row >= total) continue;
       *reinterpret_cast<float2*>(network.grad_x + (block * kBlockRows + row) * kWidth + feature) = pair;
     }
@@ -874,21 +901,32 @@ __device__ void inputs_gradients(const RecurrentCudaBackward& p, const BackwardP
       }
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        const int column = 8 * (warp + tile * kWarps) + g;
-        const int64_t k_column = first_column + column;
-        float values[2];
+        const int first_of_tile = 8 * (warp + tile * kWarps), column = first_of_tile + g;
+        float values[2] = {};
+        if (first_of_tile + 8 <= n_obs) {
+          values[0] = from[0][column];
+          values[1] = from[1][column];
+        } else if (first_of_tile < n_columns) {
+          const int64_t input = first_column + column;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const bool is_one = k_column == ones[i][0] || k_column == ones[i][1] || k_column == columns.all;
-          values[i] = column < n_obs ? from[i][column] : is_one ? 1.0f : 0.0f;
+          for (int i = 0; i < 2; ++i) {
+            const bool is_one = input == ones[i][0] || input == ones[i][1] || input == columns.all;
+            values[i] = column < n_obs ? from[i][column] : is_one ? 1.0f : 0.0f;
+          }
         }
         inputs[tile] = Tf32<kPlanes, 2>(values);
       }
 #pragma unroll
       for (int m = 0; m < kSlices; ++m) {
-        const float2 upper = *reinterpret_cast<const float2*>(&shared.grad_x[k + t][16 * m + 2 * g]);
-        const float2 lower = *reinterpret_cast<const float2*>(&shared.grad_x[k + t + 4][16 * m + 2 * g]);
-        const Tf32<kPlanes, 4> grads({upper.x, upper.y, lower.x, lower.y});
+        Tf32<kPlanes, 4> grads;
+#pragma unroll
+        for (int plane = 0; plane < kPlanes; ++plane) {
+          const auto& rows_of = shared.grad_x[plane];
+          const uint2 upper = *reinterpret_cast<const uint2*>(&rows_of[k + t][16 * m + 2 * g]);
+          const uint2 lower = *reinterpret_cast<const uint2*>(&rows_of[k + t + 4][16 * m + 2 * g]);
+          auto& part = grads.part[plane];
+          part[0] = upper.x, part[1] = upper.y, part[2] = lower.x, part[3] = lower.y;
+        }
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
           if (8 * (warp + tile * kWarps) >= n_columns) break;
@@ -915,12 +953,13 @@ __device__ void inputs_gradients(const RecurrentCudaBackward& p, const BackwardP
 
 template <int kWidth, int kPlanes>
 __global__ void __launch_bounds__(4 * kWidth, 1)
-    gradients_kernel(const __grid_constant__ RecurrentCudaBackward p, const __grid_constant__ BackwardPlan plan) {
+    gradients_kernel(const __grid_constant__ RecurrentCudaBackward p, const __grid_constant__ BackwardPlan plan,
+                     const __grid_constant__ RowIndex index) {
   extern __shared__ __align__(16) unsigned char memory[];
   if (blockIdx.x < plan.states_blocks) {
-    states_gradients<kWidth, kPlanes>(p, plan, memory);
+    states_gradients<kWidth, kPlanes>(p, plan, index, memory);
   } else {
-    inputs_gradients<kWidth, kPlanes>(p, plan, memory);
+    inputs_gradients<kWidth, kPlanes>(p, plan, index, memory);
   }
 }
 

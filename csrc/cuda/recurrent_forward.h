@@ -2,9 +2,7 @@
 // over the steps.
 #pragma once
 
-#include "cuda/launch.h"
 #include "cuda/recurrent_numbers.h"
-#include "fastmix/recurrent.h"
 
 namespace fastmix::FASTMIX_ISA {
 
@@ -85,7 +83,8 @@ struct InputMemory {
 // x = relu(inputs W1^T + b1) of 128 rows, and each row's unit. A lane has, of a row, kWidth / 4 neighbouring features:
 // that is how the weights' rows are ordered in shared memory.
 template <int kWidth, int kPlanes>
-__global__ void __launch_bounds__(kInputThreads) input_kernel(const __grid_constant__ RecurrentCudaForward p) {
+__global__ void __launch_bounds__(kInputThreads)
+    input_kernel(const __grid_constant__ RecurrentCudaForward p, const __grid_constant__ RowIndex index) {
   constexpr int kTiles = kWidth / 8, kWarps = kInputThreads / kLanes, kHeld = kWidth / kWarps;
   extern __shared__ __align__(16) unsigned char memory[];
   auto& shared = *reinterpret_cast<InputMemory<kWidth, kPlanes>*>(memory);
@@ -96,17 +95,13 @@ __global__ void __launch_bounds__(kInputThreads) input_kernel(const __grid_const
   const InputColumns columns(p, network.actions);
 
   for (int i = threadIdx.x; i < kInputRows; i += kInputThreads) {
-    const bool valid = first + i < total;
-    int64_t step, row, episode, agent;
-    split(valid ? first + i : 0, rows, step, row);
-    split(row, p.agents, episode, agent);
-    shared.offset[i] = episode * p.obs_stride[0] + step * p.obs_stride[1] + agent * p.obs_stride[2];
+    const RowIndex::Place place = index(first + i < total ? first + i : 0);
+    shared.offset[i] = place.offset(p.obs_stride);
     shared.action[i] = -1;
     if (p.last_actions != nullptr) {
-      const int64_t at = episode * p.action_stride[0] + step * p.action_stride[1] + agent * p.action_stride[2];
-      shared.action[i] = columns.action(p.last_actions[at]);
+      shared.action[i] = columns.action(p.last_actions[place.offset(p.action_stride)]);
     }
-    shared.agent[i] = columns.agent(agent);
+    shared.agent[i] = columns.agent(place.agent);
   }
   __syncthreads();
 
@@ -283,6 +278,7 @@ struct RowRing {
     const int piece = thread % kPieces, plane = thread / kPieces % kPlanes, row = thread / kRow;
     unsigned char* to = at(step, 0) + plane * kTileBytes + row * kRowBytes<kWidth> + 16 * piece;
     const uint16_t* source = from + 8 * thread;
+#pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       const bool exists = kRowsPerTile * tile + row < valid;
       copy_16(to, exists ? source : from, exists);
@@ -381,7 +377,7 @@ struct ForwardMemory {
 // the gates' sums over x one step ahead, and from the states one step behind the outputs, and copy both ways. All meet
 // once per step.
 template <int kWidth, int kPlanes>
-__global__ void __launch_bounds__(4 * kWidth)
+__global__ void __launch_bounds__(4 * kWidth, 1)
     forward_kernel(const __grid_constant__ RecurrentCudaForward p, int tiles) {
   constexpr int kSlices = kWidth / 16, kThreads = 4 * kWidth;
   extern __shared__ __align__(16) unsigned char memory[];
@@ -513,11 +509,17 @@ __global__ void __launch_bounds__(4 * kWidth)
   }
 
   const int thread = threadIdx.x - kThreads / 2;
+  // What moves on with the steps.
+  const uint16_t* x_from = saved.x + first * kPlanes * kWidth;
+  const float* unit_from = saved.x_unit + first;
+  uint16_t* states_to = saved.states + (first + g) * kPlanes * kWidth + 16 * slice + 4 * t;
+  float* q_to = network.q;
   const auto load = [&](int step) {
     if (step < steps) {
-      const int64_t row = step * rows + first;
-      shared.x.load(step, saved.x + row * kPlanes * kWidth, valid, thread);
-      load_units(shared.x_unit, step, kForwardStages, saved.x_unit + row, tiles * kRowsPerTile, valid, thread);
+      shared.x.load(step, x_from, valid, thread);
+      load_units(shared.x_unit, step, kForwardStages, unit_from, tiles * kRowsPerTile, valid, thread);
+      x_from += rows * kPlanes * kWidth;
+      unit_from += rows;
     }
     close_copies();
   };
@@ -526,6 +528,7 @@ __global__ void __launch_bounds__(4 * kWidth)
     float4* gates = shared.gates + (step % 2 * tiles * kSlices + slice) * 3 * kLanes;
     const float* unit = shared.x_unit + step % kForwardStages * tiles * kRowsPerTile + 2 * t;
     const unsigned char* x = shared.x.at(step, 0);
+#pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       input_gates.send(gates, x, *reinterpret_cast<const float2*>(unit), lane);
       gates += kSlices * 3 * kLanes;
@@ -535,44 +538,51 @@ __global__ void __launch_bounds__(4 * kWidth)
   };
   // The state before a step goes to memory, and the output it belongs to, that of the step before.
   const auto leave = [&](int step) {
-    const Tile<kPlanes, kSlices>* state = shared.states + step % 2 * tiles;
-    uint16_t* kept = saved.states + ((step * rows + first + g) * kPlanes) * kWidth + 16 * slice + 4 * t;
-    float* q = network.q + (step - 1) * p.agents * outputs;
-    for (int tile = 0; tile < tiles; ++tile, ++state, kept += kRowsPerTile * kPlanes * kWidth) {
-      if (saved.states != nullptr && kRowsPerTile * tile + g < valid) {
+    const Tile<kPlanes, kSlices>* states = shared.states + step % 2 * tiles;
+    if (saved.states != nullptr) {
+      uint16_t* to = states_to;
+#pragma unroll 1
+      for (int tile = 0; tile < tiles && kRowsPerTile * tile + g < valid; ++tile) {
         uint2 planes[kPlanes];
-        state->read(planes, slice, g, t);
+        states[tile].read(planes, slice, g, t);
 #pragma unroll
         for (int plane = 0; plane < kPlanes; ++plane) {
-          *reinterpret_cast<uint2*>(kept + plane * kWidth) = planes[plane];
+          *reinterpret_cast<uint2*>(to + plane * kWidth) = planes[plane];
         }
+        to += kRowsPerTile * kPlanes * kWidth;
       }
-      if (step == 0) continue;
-      for (int m = slice; m < output_tiles; m += kSlices) {
+      states_to += rows * kPlanes * kWidth;
+    }
+    if (step == 0) return;
+#pragma unroll 1
+    for (int m = slice; m < output_tiles; m += kSlices) {
+      const uint4* weights = shared.fc2 + m * kSlices * kPlanes * kLanes + lane;
+      const int output = 16 * m + 2 * g;
+      const float unit = shared.fc2_unit[m];
+      const float2 bias = *reinterpret_cast<const float2*>(shared.fc2_bias + output);
+#pragma unroll 1
+      for (int tile = 0; tile < tiles; ++tile) {
         Sums<kPlanes> sums;
-        const uint4* weights = shared.fc2 + m * kPlanes * kSlices * kLanes + lane;
 #pragma unroll
         for (int s = 0; s < kSlices; ++s) {
           uint2 other[kPlanes];
-          state->read(other, s, g, t);
+          states[tile].read(other, s, g, t);
           uint32_t w[kPlanes][4];
 #pragma unroll
           for (int plane = 0; plane < kPlanes; ++plane) to_array(w[plane], weights[(s * kPlanes + plane) * kLanes]);
           sums.add(w, s, other);
         }
-        const int output = 16 * m + 2 * g;
-        const float unit = shared.fc2_unit[m];
-        const float2 bias = *reinterpret_cast<const float2*>(shared.fc2_bias + output);
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const int row = kRowsPerTile * tile + 2 * t + c;
           if (row >= valid) continue;
-          float* to = q + shared.result[row] * outputs + output;
+          float* to = q_to + shared.result[row] * outputs + output;
           if (output < outputs) to[0] = sums.value(c) * unit + bias.x;
           if (output + 1 < outputs) to[1] = sums.value(2 + c) * unit + bias.y;
         }
       }
     }
+    q_to += p.agents * outputs;
   };
 
   for (int step = 0; step < kForwardStages - 1; ++step) load(step);

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "cuda/ptx.h"
+#include "fastmix/recurrent.h"
 
 namespace fastmix::FASTMIX_ISA {
 
@@ -27,6 +28,42 @@ __device__ __forceinline__ float unit_of(float size) {
 }
 // Of a power of two.
 __device__ __forceinline__ float inverse(float unit) { return __uint_as_float(0x7f000000u - __float_as_uint(unit)); }
+
+// ---- Division of indices by a size that is known before the launch: three instructions in place of twenty ----
+
+struct Divisor {
+  uint32_t size, factor, shift;
+
+  __host__ explicit Divisor(int64_t divisor) : size(static_cast<uint32_t>(divisor)), shift(0) {
+    while (int64_t{1} << shift < divisor) ++shift;
+    factor = static_cast<uint32_t>((((uint64_t{1} << shift) - size) << 32) / size + 1);
+  }
+  // Of an index below 2^31.
+  __device__ __forceinline__ void split(uint32_t index, uint32_t& quotient, uint32_t& rest) const {
+    quotient = (__umulhi(index, factor) + index) >> shift;
+    rest = index - quotient * size;
+  }
+};
+
+// Rows and steps as they come in time: the step, then the episode, then the agent.
+struct RowIndex {
+  Divisor rows, agents;
+
+  __host__ explicit RowIndex(const RecurrentShape& s) : rows(s.episodes * s.agents), agents(s.agents) {}
+  struct Place {
+    uint32_t step, episode, agent;
+    __device__ __forceinline__ int64_t offset(const int64_t* stride) const {
+      return episode * stride[0] + step * stride[1] + agent * stride[2];
+    }
+  };
+  __device__ __forceinline__ Place operator()(int64_t index) const {
+    Place place;
+    uint32_t row;
+    rows.split(static_cast<uint32_t>(index), place.step, row);
+    agents.split(row, place.episode, place.agent);
+    return place;
+  }
+};
 
 // ---- Floats as half precision numbers ----
 
