@@ -88,6 +88,10 @@ __device__ __forceinline__ void meet(int threads) { asm volatile("bar.sync 1, %0
 // What has been read from memory is read again if it is needed again, in place of keeping it in registers.
 __device__ __forceinline__ void forget() { asm volatile("" ::: "memory"); }
 
+// Keeps an offset in a register. The compiler would rather compute it again, in front of the load that everything waits
+// for.
+__device__ __forceinline__ void keep(int& x) { asm volatile("" : "+r"(x)); }
+
 // ---- Arithmetic ----
 
 // Relative errors of 2^-22 and one unit in the last place; denormal numbers become zero, NaN stays NaN.

@@ -155,6 +155,7 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
   extern __shared__ __align__(16) unsigned char memory[];
   const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
   const int role = threadIdx.x / kThird, thread = threadIdx.x % kThird, slice = thread / kLanes;
+  const TileOffsets at(g, t);
   const auto& network = p.network[blockIdx.y];
   const int tiles = plan.tiles, tile_rows = tiles * kRowsPerTile;
   const int outputs = plan.outputs_of(network);
@@ -190,13 +191,16 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
 #pragma unroll
       for (int s = 0; s < 3 * kSlices; ++s) {
         uint2 other[kPlanes];
-        gradients.read(other, kSlices + s, g, t);
+        gradients.read(other, kSlices + s, at);
         sums.add(w.part[s], s, other);
       }
     };
+    int own = (slice * kLanes + lane) * 16, own_slopes = (slice * kSlopes * kLanes + lane) * 16;  // bytes within a tile
+    keep(own);
+    keep(own_slopes);
     // What comes to the state behind step `step` of the walk from the step before, and adds up there.
     const auto arrive = [&](float (&dh)[4], const Sums<kPlanes, 2>& sums, int tile, int step) {
-      to_array(dh, shared.carried[(tile * kSlices + slice) * kLanes + lane]);
+      to_array(dh, at_byte(shared.carried + tile * kSlices * kLanes, own));
       if (step == 0) return;
       const float unit = weights_unit * shared.unit[(step + 1) % 2 * tiles + tile];
 #pragma unroll
@@ -210,14 +214,14 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
       for (int i = 0; i < 4; ++i) largest = fmaxf(largest, fabsf(dh[i]));
       if (step < steps) {
         float incoming[4];
-        to_array(incoming, shared.incoming[((step % 2 * tiles + tile) * kSlices + slice) * kLanes + lane]);
+        to_array(incoming, at_byte(shared.incoming + (step % 2 * tiles + tile) * kSlices * kLanes, own));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           largest = fmaxf(largest, fabsf(incoming[i]));
           carried[i] += incoming[i];
         }
       }
-      shared.carried[(tile * kSlices + slice) * kLanes + lane] = to_vector(carried);
+      at_byte(shared.carried + tile * kSlices * kLanes, own) = to_vector(carried);
 #pragma unroll
       for (int bit = 1; bit < kLanes; bit *= 2) {
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, bit));
@@ -240,9 +244,9 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
       carry(carried, dh, tile, 0);
     }
     meet(kThreads);
+    Gradients *later = shared.gradients + tiles, *earlier = shared.gradients;
     for (int step = 0; step < steps; ++step) {
       const int now = step % 2;
-      const Gradients* later = shared.gradients + (1 - now) * tiles;
       Sums<kPlanes, 2> sums, ahead;
       if (step > 0) multiply_gradients(ahead, later[0]);
       for (int tile = 0; tile < tiles; ++tile) {
@@ -252,7 +256,8 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
         largest_unit = fmaxf(largest_unit, unit);
         if (threadIdx.x == 0) shared.unit[now * tiles + tile] = unit;
         const float scale = inverse(unit);
-        const float4* from = shared.slopes + ((now * tiles + tile) * kSlices + slice) * kSlopes * kLanes + lane;
+        const float4* from =
+            &at_byte(shared.slopes + (now * tiles + tile) * kSlices * kSlopes * kLanes, own_slopes);
         float slopes[kSlopes][4], dh[4], gradients[kGradients][4], carried[4];
 #pragma unroll
         for (int i = 0; i < kSlopes; ++i) to_array(slopes[i], from[i * kLanes]);
@@ -266,23 +271,25 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
           gradients[2][i] = scaled * slopes[4][i];
           gradients[3][i] = gradients[0][i] * slopes[1][i];
         }
-        Gradients& to = shared.gradients[now * tiles + tile];
 #pragma unroll
         for (int gate = 0; gate < kGradients; ++gate) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             uint32_t planes[kPlanes];
             to_planes(planes, gradients[gate][c], gradients[gate][2 + c]);
-            to.write(gate * kSlices + slice, g, 2 * t + c, planes);
+            earlier[tile].write(gate * kSlices + slice, c, at, planes);
           }
         }
         carry(carried, dh, tile, step + 1);
       }
+      Gradients* free = later;
+      later = earlier;
+      earlier = free;
       meet(kThreads);
     }
     for (int tile = 0; network.grad_hidden != nullptr && tile < tiles; ++tile) {
       Sums<kPlanes, 2> sums;
-      multiply_gradients(sums, shared.gradients[(steps + 1) % 2 * tiles + tile]);
+      multiply_gradients(sums, later[tile]);
       float dh[4];
       arrive(dh, sums, tile, steps);
 #pragma unroll
@@ -409,7 +416,7 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
 #pragma unroll
         for (int gate = 0; gate < kGradients; ++gate) {
           uint2 planes[kPlanes];
-          gradients->read(planes, gate * kSlices + slice, g, t);
+          gradients->read(planes, gate * kSlices + slice, at);
 #pragma unroll
           for (int plane = 0; plane < kPlanes; ++plane) {
             *reinterpret_cast<uint2*>(to + (plane * kGradients + gate) * kWidth) = planes[plane];
@@ -796,11 +803,11 @@ __device__ __forceinline__ void inputs_gradients(const RecurrentCudaBackward& p,
   const InputColumns columns(p, network.actions);
   const int own = (static_cast<int>(blockIdx.x) - plan.states_blocks) % plan.inputs_blocks;
   const int share = (static_cast<int>(blockIdx.x) - plan.states_blocks) / plan.inputs_blocks;
-  const int64_t first_column = static_cast<int64_t>(share) * kShare;
+  const int first_column = share * kShare;
   if (first_column > columns.all) return;
-  const int n_columns = static_cast<int>(min(columns.all + 1 - first_column, static_cast<int64_t>(kShare)));
-  const int n_obs =
-      static_cast<int>(max(min(columns.actions - first_column, static_cast<int64_t>(kShare)), static_cast<int64_t>(0)));
+  const int n_columns = min(columns.all + 1 - first_column, kShare);
+  const int n_obs = max(min(columns.actions - first_column, kShare), 0);
+  const int own_tiles = (n_columns + 8 * (kWarps - warp) - 1) / (8 * kWarps);  // of columns 8 * (warp + i * kWarps) ...
   const int stride = row_stride(n_obs);
   auto& shared = *reinterpret_cast<InputsMemory<kWidth, kPlanes>*>(memory);
   auto* obs = reinterpret_cast<float*>(memory + sizeof(InputsMemory<kWidth, kPlanes>));  // [stage][row][stride]
@@ -906,8 +913,8 @@ __device__ __forceinline__ void inputs_gradients(const RecurrentCudaBackward& p,
         if (first_of_tile + 8 <= n_obs) {
           values[0] = from[0][column];
           values[1] = from[1][column];
-        } else if (first_of_tile < n_columns) {
-          const int64_t input = first_column + column;
+        } else if (tile < own_tiles) {
+          const int input = first_column + column;
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             const bool is_one = input == ones[i][0] || input == ones[i][1] || input == columns.all;
@@ -929,7 +936,7 @@ __device__ __forceinline__ void inputs_gradients(const RecurrentCudaBackward& p,
         }
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-          if (8 * (warp + tile * kWarps) >= n_columns) break;
+          if (tile >= own_tiles) break;
           add_product<kPlanes>(sums[tile][m], [&](float (&sum)[4]) { multiply(sum, grads, inputs[tile]); });
         }
       }

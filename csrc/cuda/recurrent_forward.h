@@ -55,17 +55,19 @@ __device__ __forceinline__ int64_t result_row(const RecurrentShape& s, int64_t r
 
 // Columns of the input layer's product: observation, one-hot action, one-hot agent and a one, for the bias.
 struct InputColumns {
-  int64_t obs, actions, agents;  // where each begins; agents == all without agent ids
-  int64_t all;                   // without the one
+  int actions, agents;  // where these begin
+  int all;              // without the one
 
   __device__ __forceinline__ InputColumns(const RecurrentShape& s, int64_t n_actions)
-      : obs(0), actions(s.obs_size), agents(s.obs_size + n_actions), all(agents + s.ids) {}
+      : actions(static_cast<int>(s.obs_size)),
+        agents(actions + static_cast<int>(n_actions)),
+        all(agents + static_cast<int>(s.ids)) {}
   // The column of a row's action, -1 for none.
   __device__ __forceinline__ int action(int64_t action) const {
-    return action >= 0 && action < agents - actions ? static_cast<int>(actions + action) : -1;
+    return action >= 0 && action < agents - actions ? actions + static_cast<int>(action) : -1;
   }
-  __device__ __forceinline__ int agent(int64_t agent) const {
-    return agents < all ? static_cast<int>(agents + agent) : -1;
+  __device__ __forceinline__ int agent(uint32_t agent) const {
+    return agents < all ? agents + static_cast<int>(agent) : -1;
   }
 };
 
@@ -105,8 +107,8 @@ __global__ void __launch_bounds__(kInputThreads)
   }
   __syncthreads();
 
-  const auto load_inputs = [&](int buffer, int64_t start) {
-    const int64_t k = start + lane;
+  const auto load_inputs = [&](int buffer, int start) {
+    const int k = start + lane;
 #pragma unroll 4
     for (int i = warp; i < kInputRows; i += kWarps) {
       float* to = &shared.inputs[buffer][i][lane];
@@ -119,8 +121,8 @@ __global__ void __launch_bounds__(kInputThreads)
     close_copies();
   };
   float held[kHeld];  // weights on their way: rounded once, before eight warps read them
-  const auto fetch_weights = [&](int64_t start) {
-    const int64_t k = start + lane;
+  const auto fetch_weights = [&](int start) {
+    const int k = start + lane;
 #pragma unroll
     for (int n = 0; n < kHeld; ++n) {
       const int i = warp + n * kWarps, feature = i % 8 / 2 * (kWidth / 4) + i / 8 * 2 + i % 2;
@@ -145,7 +147,7 @@ __global__ void __launch_bounds__(kInputThreads)
   fetch_weights(0);
   keep_weights(0);
   int buffer = 0;
-  for (int64_t start = 0; start <= columns.all; start += kInputColumns, buffer ^= 1) {
+  for (int start = 0; start <= columns.all; start += kInputColumns, buffer ^= 1) {
     const bool more = start + kInputColumns <= columns.all;
     if (more) {
       load_inputs(buffer ^ 1, start + kInputColumns);
@@ -245,6 +247,9 @@ __device__ __forceinline__ Cell cell_of(const float (&inputs)[3][4], const Sums<
 
 __device__ __forceinline__ void to_array(float (&values)[4], float4 v) {
   values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
+}
+__device__ __forceinline__ float4& at_byte(float4* array, int bytes) {
+  return *reinterpret_cast<float4*>(reinterpret_cast<unsigned char*>(array) + bytes);
 }
 __device__ __forceinline__ void to_array(uint32_t (&values)[4], uint4 v) {
   values[0] = v.x, values[1] = v.y, values[2] = v.z, values[3] = v.w;
@@ -383,6 +388,7 @@ __global__ void __launch_bounds__(4 * kWidth, 1)
   extern __shared__ __align__(16) unsigned char memory[];
   const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
   const int warp = threadIdx.x / kLanes, slice = warp % kSlices;
+  const TileOffsets at(g, t);
   const auto& network = p.network[blockIdx.y];
   const int outputs = network.q == nullptr ? 0 : static_cast<int>(network.outputs), output_tiles = (outputs + 15) / 16;
   const ForwardMemory<kWidth, kPlanes> shared(memory, tiles, output_tiles);
@@ -401,13 +407,16 @@ __global__ void __launch_bounds__(4 * kWidth, 1)
 #pragma unroll
     for (int e = 0; e < 2; ++e) bias[e] = network.weights.bias_hh[2 * kWidth + 16 * slice + 2 * g + e];
 
+    int own = (slice * 3 * kLanes + lane) * 16, own_state = (slice * kLanes + lane) * 16;  // bytes within a tile
+    keep(own);
+    keep(own_state);
     const auto send = [&](Tile<kPlanes, kSlices>* states, int tile, const float (&h)[4]) {
-      shared.state[(tile * kSlices + slice) * kLanes + lane] = to_vector(h);
+      at_byte(shared.state + tile * kSlices * kLanes, own_state) = to_vector(h);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         uint32_t planes[kPlanes];
         to_planes(planes, h[c], h[2 + c]);
-        states[tile].write(slice, g, 2 * t + c, planes);
+        states[tile].write(slice, c, at, planes);
       }
     };
     // Stores this lane's part of a tile into rows of [.., D] at `row(c) * D`.
@@ -427,7 +436,7 @@ __global__ void __launch_bounds__(4 * kWidth, 1)
 #pragma unroll
       for (int s = 0; s < kSlices; ++s) {
         uint2 other[kPlanes];
-        state.read(other, s, g, t);
+        state.read(other, s, at);
         sums[0].add(w.gate[0].part[s], s, other);
         sums[2].add(w.gate[2].part[s], s, other);
         sums[1].add(w.gate[1].part[s], s, other);
@@ -446,21 +455,20 @@ __global__ void __launch_bounds__(4 * kWidth, 1)
     }
     meet(kThreads);  // for the others
     meet(kThreads);
+    Tile<kPlanes, kSlices>*before = shared.states, *behind = shared.states + tiles;
+    float4* gates = shared.gates;
     for (int step = 0; step < steps; ++step) {
-      const int now = step % 2;
-      const Tile<kPlanes, kSlices>* before = shared.states + now * tiles;
-      Tile<kPlanes, kSlices>* behind = shared.states + (1 - now) * tiles;
-      const float4* gates = shared.gates + (now * tiles * kSlices + slice) * 3 * kLanes + lane;
       Sums<kPlanes, 2> sums[3], ahead[3];
       multiply_states(ahead, before[0]);
-      for (int tile = 0; tile < tiles; ++tile, gates += kSlices * 3 * kLanes) {
+      for (int tile = 0; tile < tiles; ++tile) {
 #pragma unroll
         for (int gate = 0; gate < 3; ++gate) sums[gate] = ahead[gate];
         if (tile + 1 < tiles) multiply_states(ahead, before[tile + 1]);  // under way while the gates are computed
         float inputs[3][4], h[4];
+        const float4* from = &at_byte(gates + tile * kSlices * 3 * kLanes, own);
 #pragma unroll
-        for (int gate = 0; gate < 3; ++gate) to_array(inputs[gate], gates[gate * kLanes]);
-        to_array(h, shared.state[(tile * kSlices + slice) * kLanes + lane]);
+        for (int gate = 0; gate < 3; ++gate) to_array(inputs[gate], from[gate * kLanes]);
+        to_array(h, at_byte(shared.state + tile * kSlices * kLanes, own_state));
         const Cell cell = cell_of(inputs, sums, w.unit, bias);
 #pragma unroll
         for (int i = 0; i < 4; ++i) h[i] = cell.n[i] + cell.z[i] * (h[i] - cell.n[i]);
@@ -469,6 +477,10 @@ __global__ void __launch_bounds__(4 * kWidth, 1)
           store(network.hidden_states, tile, h, [&](int i) { return shared.result[i] + step * p.agents; });
         }
       }
+      auto* free = before;
+      before = behind;
+      behind = free;
+      gates = shared.gates + (step + 1) % 2 * tiles * kSlices * 3 * kLanes;
       meet(kThreads);
     }
     for (int tile = 0; tile < tiles; ++tile) {
@@ -544,7 +556,7 @@ __global__ void __launch_bounds__(4 * kWidth, 1)
 #pragma unroll 1
       for (int tile = 0; tile < tiles && kRowsPerTile * tile + g < valid; ++tile) {
         uint2 planes[kPlanes];
-        states[tile].read(planes, slice, g, t);
+        states[tile].read(planes, slice, at);
 #pragma unroll
         for (int plane = 0; plane < kPlanes; ++plane) {
           *reinterpret_cast<uint2*>(to + plane * kWidth) = planes[plane];
@@ -566,7 +578,7 @@ __global__ void __launch_bounds__(4 * kWidth, 1)
 #pragma unroll
         for (int s = 0; s < kSlices; ++s) {
           uint2 other[kPlanes];
-          states[tile].read(other, s, g, t);
+          states[tile].read(other, s, at);
           uint32_t w[kPlanes][4];
 #pragma unroll
           for (int plane = 0; plane < kPlanes; ++plane) to_array(w[plane], weights[(s * kPlanes + plane) * kLanes]);

@@ -281,22 +281,38 @@ __device__ __forceinline__ int place(int row) {
   return (((row >> 1 & 1) | (row & 1) << 1) ^ (row >> 2 << 1)) | (row & 4);
 }
 
+// A lane's part of a tile: as a factor four neighbouring columns of row g, as a result two of rows 2t and 2t + 1.
+struct TileOffsets {
+  int read, write[2];  // bytes within a step
+
+  __device__ __forceinline__ TileOffsets(int g, int t)
+      : read((4 * place(g) + t) * 8),
+        write{(4 * place(2 * t) + g / 2) * 8 + g % 2 * 4, (4 * place(2 * t + 1) + g / 2) * 8 + g % 2 * 4} {
+    keep(read);
+    keep(write[0]);
+    keep(write[1]);
+  }
+};
+
 // Factors of eight rows: [plane][step][row's place][four neighbouring columns].
 template <int kPlanes, int kSteps>
 struct Tile {
   uint2 part[kPlanes][kSteps][kLanes];
 
   // Features 2g and 2g + 1 of a step, of row 2t + c, as results have them.
-  __device__ __forceinline__ void write(int step, int g, int row, const uint32_t (&planes)[kPlanes]) {
+  __device__ __forceinline__ void write(int step, int c, const TileOffsets& at, const uint32_t (&planes)[kPlanes]) {
 #pragma unroll
     for (int plane = 0; plane < kPlanes; ++plane) {
-      auto* words = reinterpret_cast<uint32_t*>(&part[plane][step][4 * place(row) + g / 2]);
-      words[g % 2] = planes[plane];
+      auto* bytes = reinterpret_cast<unsigned char*>(part[plane][step]);
+      *reinterpret_cast<uint32_t*>(bytes + at.write[c]) = planes[plane];
     }
   }
-  __device__ __forceinline__ void read(uint2 (&other)[kPlanes], int step, int g, int t) const {
+  __device__ __forceinline__ void read(uint2 (&other)[kPlanes], int step, const TileOffsets& at) const {
 #pragma unroll
-    for (int plane = 0; plane < kPlanes; ++plane) other[plane] = part[plane][step][4 * place(g) + t];
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      const auto* bytes = reinterpret_cast<const unsigned char*>(part[plane][step]);
+      other[plane] = *reinterpret_cast<const uint2*>(bytes + at.read);
+    }
   }
 };
 
