@@ -4,6 +4,17 @@
 
 #include <cstdint>
 
+namespace fastmix::FASTMIX_ISA {
+
+// Kernels that need these instructions return at once where they are not, and so compile for every device.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kTooOld = true;
+#else
+constexpr bool kTooOld = false;
+#endif
+
+}  // namespace fastmix::FASTMIX_ISA
+
 #if !defined(FASTMIX_EMULATED)
 namespace fastmix::FASTMIX_ISA {
 

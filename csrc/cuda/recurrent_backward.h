@@ -151,6 +151,7 @@ __device__ __forceinline__ float largest_of(const float* slices) {
 template <int kWidth, int kPlanes>
 __global__ void __launch_bounds__(6 * kWidth, 1)
     backward_kernel(const __grid_constant__ RecurrentCudaBackward p, const __grid_constant__ BackwardPlan plan) {
+  if (kTooOld) return;
   constexpr int kSlices = kWidth / 16, kThreads = 6 * kWidth, kThird = 2 * kWidth;
   extern __shared__ __align__(16) unsigned char memory[];
   const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
@@ -429,12 +430,13 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
     };
 
     load_step(0);
-    for (int step = 0; step < stages; ++step) load(step);
-    wait(true);
+    for (int step = 0; step + 1 < stages; ++step) load(step);
+    wait(false);
     meet(kThreads);
     send_gates(0);
     send_incoming(0);
     meet(kThreads);
+    load(stages - 1);  // where the first step was, which is used up
     send_gates(1);
     send_incoming(1);
     wait(false);
@@ -962,6 +964,7 @@ template <int kWidth, int kPlanes>
 __global__ void __launch_bounds__(4 * kWidth, 1)
     gradients_kernel(const __grid_constant__ RecurrentCudaBackward p, const __grid_constant__ BackwardPlan plan,
                      const __grid_constant__ RowIndex index) {
+  if (kTooOld) return;
   extern __shared__ __align__(16) unsigned char memory[];
   if (blockIdx.x < plan.states_blocks) {
     states_gradients<kWidth, kPlanes>(p, plan, index, memory);

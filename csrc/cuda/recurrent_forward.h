@@ -87,6 +87,7 @@ struct InputMemory {
 template <int kWidth, int kPlanes>
 __global__ void __launch_bounds__(kInputThreads)
     input_kernel(const __grid_constant__ RecurrentCudaForward p, const __grid_constant__ RowIndex index) {
+  if (kTooOld) return;
   constexpr int kTiles = kWidth / 8, kWarps = kInputThreads / kLanes, kHeld = kWidth / kWarps;
   extern __shared__ __align__(16) unsigned char memory[];
   auto& shared = *reinterpret_cast<InputMemory<kWidth, kPlanes>*>(memory);
@@ -384,6 +385,7 @@ struct ForwardMemory {
 template <int kWidth, int kPlanes>
 __global__ void __launch_bounds__(4 * kWidth, 1)
     forward_kernel(const __grid_constant__ RecurrentCudaForward p, int tiles) {
+  if (kTooOld) return;
   constexpr int kSlices = kWidth / 16, kThreads = 4 * kWidth;
   extern __shared__ __align__(16) unsigned char memory[];
   const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;

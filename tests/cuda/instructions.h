@@ -4,6 +4,7 @@
 // A copy into shared memory happens only when its thread waits for it, so that a missing wait shows.
 #pragma once
 
+#include <algorithm>
 #include <deque>
 
 #include "emulation.h"
@@ -69,6 +70,13 @@ inline void copy(void* to, const void* from, size_t bytes, bool valid) {
   if (place < shared_memory || place + bytes > shared_memory + dynamic_size + static_size) fail("copy out of bounds");
   if (reinterpret_cast<uintptr_t>(to) % bytes != 0) fail("copy to a misaligned place");
   if (valid && reinterpret_cast<uintptr_t>(from) % bytes != 0) fail("copy from a misaligned place");
+  const auto under_way = [&](const std::vector<Copy>& group) {
+    return std::any_of(group.begin(), group.end(), [&](const Copy& other) { return other.to == to; });
+  };
+  auto& mine = copies[current];
+  if (under_way(mine.open) || std::any_of(mine.closed.begin(), mine.closed.end(), under_way)) {
+    fail("a copy to where another one is still under way");
+  }
   std::memset(to, 0xff, bytes);  // undefined until waited for
   copies[current].open.push_back({to, from, bytes, valid});
 }

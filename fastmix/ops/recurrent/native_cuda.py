@@ -39,7 +39,9 @@ _OUTPUTS = 4  # q, hidden, hidden_states, saved
 
 def limit(network: RecurrentParams, n_obs: int) -> str | None:
     """Why the kernels cannot take a network, on observations of ``n_obs`` features, or None when they can."""
-    width, outputs = network.fc1_weight.shape[0], network.fc2_weight.shape[0]
+    width, outputs, dtype = network.fc1_weight.shape[0], network.fc2_weight.shape[0], network.fc1_weight.dtype
+    if dtype != torch.float32:
+        return f"its CUDA kernels take float32, got {dtype}"
     if width not in HIDDEN_SIZES:
         return f"its CUDA kernels take hidden sizes of {' and '.join(map(str, HIDDEN_SIZES))}, got {width}"
     return _device_limit(network.fc1_weight.device.index, width, n_obs, min(outputs, MOST_OUTPUTS))
@@ -231,7 +233,8 @@ def _forward_fake(n: int, *args: Any) -> tuple[Tensor, ...]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.agent_ids, _, ctx.saves, ctx.precise = inputs
     ctx.n = len(output) // _OUTPUTS
-    ctx.mark_non_differentiable(*output[3::_OUTPUTS])
+    constant = [i for i in range(len(output)) if i % _OUTPUTS == 3 or not ctx.saves >> i // _OUTPUTS & 1]
+    ctx.mark_non_differentiable(*(output[i] for i in constant))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[3::_OUTPUTS])
 
