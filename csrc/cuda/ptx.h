@@ -96,9 +96,6 @@ __device__ __forceinline__ void wait_copies() {
 // All `threads` threads of the block, wherever in the code they meet: __syncthreads wants one place.
 __device__ __forceinline__ void meet(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
 
-// What has been read from memory is read again if it is needed again, in place of keeping it in registers.
-__device__ __forceinline__ void forget() { asm volatile("" ::: "memory"); }
-
 // Keeps an offset in a register. The compiler would rather compute it again, in front of the load that everything waits
 // for.
 __device__ __forceinline__ void keep(int& x) { asm volatile("" : "+r"(x)); }

@@ -182,30 +182,35 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
 
   if (role == 0) {
     using Gradients = Tile<kPlanes, kGradients * kSlices>;
-    const Columns<kWidth, 3 * kSlices, Neighbours> read(network.weights.weight_hh, slice, g, t);
-    const float weights_unit = unit_of(largest_weight<3 * kSlices>(read));
-    forget();
-    Weights<kPlanes, 3 * kSlices> w;
-    load_weights(w, weights_unit, read);
-    const auto multiply_gradients = [&](Sums<kPlanes, 2>& sums, const Gradients& gradients) {
-      sums = Sums<kPlanes, 2>();
+    GateWeights<kWidth, kPlanes> w;
+    w.template load<Columns<kWidth, Neighbours>>(network.weights.weight_hh, slice, g, t);
+    const auto multiply_gradients = [&](Sums<kPlanes>(&sums)[3], const Gradients& gradients) {
 #pragma unroll
-      for (int s = 0; s < 3 * kSlices; ++s) {
-        uint2 other[kPlanes];
-        gradients.read(other, kSlices + s, at);
-        sums.add(w.part[s], s, other);
+      for (int gate = 0; gate < 3; ++gate) sums[gate] = Sums<kPlanes>();
+#pragma unroll
+      for (int s = 0; s < kSlices; ++s) {
+#pragma unroll
+        for (int gate = 0; gate < 3; ++gate) {
+          uint2 other[kPlanes];
+          gradients.read(other, (1 + gate) * kSlices + s, at);
+          sums[gate].add(w.gate[gate].part[s], s, other);
+        }
       }
     };
     int own = (slice * kLanes + lane) * 16, own_slopes = (slice * kSlopes * kLanes + lane) * 16;  // bytes within a tile
     keep(own);
     keep(own_slopes);
     // What comes to the state behind step `step` of the walk from the step before, and adds up there.
-    const auto arrive = [&](float (&dh)[4], const Sums<kPlanes, 2>& sums, int tile, int step) {
+    const auto arrive = [&](float (&dh)[4], const Sums<kPlanes> (&sums)[3], int tile, int step) {
       to_array(dh, at_byte(shared.carried + tile * kSlices * kLanes, own));
       if (step == 0) return;
-      const float unit = weights_unit * shared.unit[(step + 1) % 2 * tiles + tile];
+      const float unit = shared.unit[(step + 1) % 2 * tiles + tile];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) dh[i] += sums.value(i) * unit;
+      for (int gate = 0; gate < 3; ++gate) {
+        const float both = w.unit[gate] * unit;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dh[i] += sums[gate].value(i) * both;
+      }
     };
     // Leaves what goes on past the gates, with what comes in from outside at step `step`, and the largest of that and of
     // `dh`.
@@ -248,11 +253,9 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
     Gradients *later = shared.gradients + tiles, *earlier = shared.gradients;
     for (int step = 0; step < steps; ++step) {
       const int now = step % 2;
-      Sums<kPlanes, 2> sums, ahead;
-      if (step > 0) multiply_gradients(ahead, later[0]);
       for (int tile = 0; tile < tiles; ++tile) {
-        sums = ahead;
-        if (step > 0 && tile + 1 < tiles) multiply_gradients(ahead, later[tile + 1]);
+        Sums<kPlanes> sums[3];
+        if (step > 0) multiply_gradients(sums, later[tile]);
         const float unit = unit_of(largest_of<kSlices>(shared.largest + ((1 - now) * tiles + tile) * kSlices));
         largest_unit = fmaxf(largest_unit, unit);
         if (threadIdx.x == 0) shared.unit[now * tiles + tile] = unit;
@@ -289,7 +292,7 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
       meet(kThreads);
     }
     for (int tile = 0; network.grad_hidden != nullptr && tile < tiles; ++tile) {
-      Sums<kPlanes, 2> sums;
+      Sums<kPlanes> sums[3];
       multiply_gradients(sums, later[tile]);
       float dh[4];
       arrive(dh, sums, tile, steps);
@@ -443,9 +446,9 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
     meet(kThreads);
     for (int step = 0; step < steps; ++step) {
       load(step + stages);
+      if (step > 0) leave(step - 1);  // first, while the others have the matrix units
       send_gates(step + 2);
       send_incoming(step + 2);
-      if (step > 0) leave(step - 1);
       wait(false);
       meet(kThreads);
     }
@@ -457,7 +460,8 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
     return;
   }
 
-  const GateWeights<kWidth, kPlanes> w(network.weights.weight_hh, slice, g, t);
+  GateWeights<kWidth, kPlanes> w;
+  w.template load<Rows<kWidth>>(network.weights.weight_hh, slice, g, t);
   float bias[2];
 #pragma unroll
   for (int e = 0; e < 2; ++e) bias[e] = network.weights.bias_hh[2 * kWidth + 16 * slice + 2 * g + e];
@@ -843,13 +847,9 @@ __device__ __forceinline__ void inputs_gradients(const RecurrentCudaBackward& p,
     close_copies();
   };
 
-  // Gradients come as new, reset, update; the weights' rows are reset, update, new.
   const int slice = warp % kSlices, row_tile = warp / kSlices;
-  const Columns<kWidth, 3 * kSlices, AsInstruction, 2 * kSlices> read(network.weights.weight_ih, slice, g, t);
-  const float weights_unit = unit_of(largest_weight<3 * kSlices>(read));
-  forget();
-  Weights<kPlanes, 3 * kSlices> w;
-  load_weights(w, weights_unit, read);
+  GateWeights<kWidth, kPlanes> w;
+  w.template load<Columns<kWidth, AsInstruction>>(network.weights.weight_ih, slice, g, t);
   float sums[kTiles][kSlices][4] = {};
 
   int64_t block = own;
@@ -860,7 +860,8 @@ __device__ __forceinline__ void inputs_gradients(const RecurrentCudaBackward& p,
     load(block + (kGradientStages - 1) * plan.inputs_blocks, (at + kGradientStages - 1) % kGradientStages);
 
     const auto& stage = shared.stage[at];
-    Sums<kPlanes, 2> grad_x;
+    // Gradients come as new, reset, update; the weights as reset, update, new.
+    Sums<kPlanes> sums_of[3];
 #pragma unroll
     for (int s = 0; s < 3 * kSlices; s += 2) {
       uint32_t values[kPlanes][4];
@@ -876,16 +877,20 @@ __device__ __forceinline__ void inputs_gradients(const RecurrentCudaBackward& p,
         for (int plane = 0; plane < kPlanes; ++plane) {
           other[plane] = make_uint2(values[plane][2 * i], values[plane][2 * i + 1]);
         }
-        grad_x.add(w.part[s + i], s + i, other);
+        const int gate = (s / kSlices + 2) % 3, part = s % kSlices + i;
+        sums_of[gate].add(w.gate[gate].part[part], part, other);
       }
     }
+    const auto grad_x = [&](int i) {
+      return sums_of[0].value(i) * w.unit[0] + sums_of[1].value(i) * w.unit[1] + sums_of[2].value(i) * w.unit[2];
+    };
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const int row = kRowsPerTile * row_tile + 2 * t + c, feature = 16 * slice + 2 * g;
       const uint32_t x = *reinterpret_cast<const uint32_t*>(&stage.x[row][2 * feature]);
       float2 pair;
-      pair.x = (x & 0xffffu) != 0 ? grad_x.value(c) * (weights_unit * stage.unit[row]) : 0.0f;
-      pair.y = (x >> 16) != 0 ? grad_x.value(2 + c) * (weights_unit * stage.unit[row]) : 0.0f;
+      pair.x = (x & 0xffffu) != 0 ? grad_x(c) * stage.unit[row] : 0.0f;
+      pair.y = (x >> 16) != 0 ? grad_x(2 + c) * stage.unit[row] : 0.0f;
       const Tf32<kPlanes, 2> factors({pair.x, pair.y});
 #pragma unroll
       for (int plane = 0; plane < kPlanes; ++plane) {
@@ -996,6 +1001,7 @@ __global__ void __launch_bounds__(kSumThreads)
   const auto& grads = network.grad_weights;
   const auto sum = [](const float* first, int64_t stride, int blocks) {
     float total = 0;
+#pragma unroll 8
     for (int i = 0; i < blocks; ++i) total += first[i * stride];
     return total;
   };

@@ -230,17 +230,17 @@ struct Cell {
 
 // `inputs` holds the gates' sums over x with all biases but that of `hn`.
 template <int kPlanes, int kApart>
-__device__ __forceinline__ Cell cell_of(const float (&inputs)[3][4], const Sums<kPlanes, kApart> (&sums)[3], float unit,
-                                        const float (&bias)[2]) {
+__device__ __forceinline__ Cell cell_of(const float (&inputs)[3][4], const Sums<kPlanes, kApart> (&sums)[3],
+                                        const float (&unit)[3], const float (&bias)[2]) {
   Cell cell;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    cell.r[i] = sigmoid(inputs[0][i] + sums[0].value(i) * unit);
-    cell.hn[i] = sums[2].value(i) * unit + bias[i / 2];
+    cell.r[i] = sigmoid(inputs[0][i] + sums[0].value(i) * unit[0]);
+    cell.hn[i] = sums[2].value(i) * unit[2] + bias[i / 2];
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    cell.z[i] = sigmoid(inputs[1][i] + sums[1].value(i) * unit);
+    cell.z[i] = sigmoid(inputs[1][i] + sums[1].value(i) * unit[1]);
     cell.n[i] = tangent<kPlanes>(inputs[2][i] + cell.r[i] * cell.hn[i]);
   }
   return cell;
@@ -316,8 +316,8 @@ struct InputGates {
   GateWeights<kWidth, kPlanes> w;
   float bias[3][2];
 
-  __device__ __forceinline__ InputGates(const RecurrentWeights<const float>& weights, int slice, int g, int t)
-      : w(weights.weight_ih, slice, g, t) {
+  __device__ __forceinline__ InputGates(const RecurrentWeights<const float>& weights, int slice, int g, int t) {
+    w.template load<Rows<kWidth>>(weights.weight_ih, slice, g, t);
 #pragma unroll
     for (int gate = 0; gate < 3; ++gate) {
 #pragma unroll
@@ -337,9 +337,9 @@ struct InputGates {
 #pragma unroll
       for (int gate = 0; gate < 3; ++gate) sums[gate].add(w.gate[gate].part[s], s, other);
     }
-    const float unit[2] = {w.unit * units.x, w.unit * units.y};
 #pragma unroll
     for (int gate = 0; gate < 3; ++gate) {
+      const float unit[2] = {w.unit[gate] * units.x, w.unit[gate] * units.y};
       float values[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) values[i] = sums[gate].value(i) * unit[i % 2] + bias[gate][i / 2];
@@ -404,7 +404,8 @@ __global__ void __launch_bounds__(4 * kWidth, 1)
   }
 
   if (warp < kSlices) {
-    const GateWeights<kWidth, kPlanes> w(network.weights.weight_hh, slice, g, t);
+    GateWeights<kWidth, kPlanes> w;
+    w.template load<Rows<kWidth>>(network.weights.weight_hh, slice, g, t);
     float bias[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) bias[e] = network.weights.bias_hh[2 * kWidth + 16 * slice + 2 * g + e];
@@ -503,9 +504,8 @@ __global__ void __launch_bounds__(4 * kWidth, 1)
         values[i / 4][i % 4] = row < outputs ? network.weights.fc2_weight[row * kWidth + column] : 0.0f;
       }
     };
-    const float unit = unit_of(largest_weight<kSlices>(read));
     Weights<kPlanes, kSlices> w;
-    load_weights(w, unit, read);
+    const float unit = load_weights(w, read);
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
 #pragma unroll
@@ -608,8 +608,8 @@ __global__ void __launch_bounds__(4 * kWidth, 1)
   meet(kThreads);
   for (int step = 0; step < steps; ++step) {
     load(step + kForwardStages);
+    leave(step);  // first, while the others have the matrix units
     send_gates(step + 1);
-    leave(step);
     wait_copies<kForwardStages - 2>();
     meet(kThreads);
   }

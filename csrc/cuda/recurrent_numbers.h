@@ -99,40 +99,34 @@ struct Weights {
   uint32_t part[kSteps][kPlanes][4];
 };
 
-// A warp's weights have one unit. `read(values, s)` gives the four columns of step s that this lane has, of both rows:
-// values[row][column].
-template <int kSteps, class Read>
-__device__ __forceinline__ float largest_weight(const Read& read) {
-  float largest = 0;
+// `read(values, s)` gives the four columns of step s that this lane has, of both rows: values[row][column]. Returns the
+// unit, one for all weights of the warp.
+template <int kPlanes, int kSteps, class Read>
+__device__ __forceinline__ float load_weights(Weights<kPlanes, kSteps>& w, const Read& read) {
+  float values[kSteps][2][4], largest = 0;
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
-    float values[2][4];
-    read(values, s);
+    read(values[s], s);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(values[i / 4][i % 4]));
+    for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(values[s][i / 4][i % 4]));
   }
 #pragma unroll
   for (int lane = 1; lane < kLanes; lane *= 2) {
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lane));
   }
-  return largest;
-}
-template <int kPlanes, int kSteps, class Read>
-__device__ __forceinline__ void load_weights(Weights<kPlanes, kSteps>& w, float unit, const Read& read) {
-  const float scale = inverse(unit);
+  const float unit = unit_of(largest), scale = inverse(unit);
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
-    float values[2][4];
-    read(values, s);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = i % 2, first = i / 2 * 2;
       uint32_t planes[kPlanes];
-      to_planes(planes, values[row][first] * scale, values[row][first + 1] * scale);
+      to_planes(planes, values[s][row][first] * scale, values[s][row][first + 1] * scale);
 #pragma unroll
       for (int plane = 0; plane < kPlanes; ++plane) w.part[s][plane][i] = planes[plane];
     }
   }
+  return unit;
 }
 
 // Which four of a step's 16 columns a lane has. Neighbours, where the other factor is read from memory as it is: then
@@ -168,42 +162,43 @@ struct Rows {
   }
 };
 
-// Reads columns 16 * slice + 2g + e of a matrix with kWidth of them. Steps are groups of 16 of its 16 kSteps rows, from
-// kFirst on and round to it again.
-template <int kWidth, int kSteps, class Column, int kFirst = 0>
+// Reads columns 16 * slice + 2g + e of a matrix with kWidth of them; steps are groups of 16 of its rows.
+template <int kWidth, class Column>
 struct Columns {
   const float* first;
-  int t;
+  bool aligned;
 
   __device__ __forceinline__ Columns(const float* matrix, int slice, int g, int t)
-      : first(matrix + 16 * slice + 2 * g), t(t) {}
+      : first(matrix + 16 * slice + 2 * g), aligned(reinterpret_cast<uintptr_t>(matrix) % 8 == 0), t(t) {}
   __device__ __forceinline__ void operator()(float (&values)[2][4], int s) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float* row = first + (16 * ((s + kFirst) % kSteps) + Column()(t, i)) * kWidth;
-#pragma unroll
-      for (int e = 0; e < 2; ++e) values[e][i] = row[e];
+      const float* pair = first + (16 * s + Column()(t, i)) * kWidth;
+      if (aligned) {
+        const float2 v = *reinterpret_cast<const float2*>(pair);
+        values[0][i] = v.x, values[1][i] = v.y;
+      } else {
+        values[0][i] = pair[0], values[1][i] = pair[1];
+      }
     }
   }
+
+ private:
+  int t;
 };
 
-// The same 16 features of the three gates.
+// The parts that belong to the three gates of [3 D, D] weights, each with a unit of its own.
 template <int kWidth, int kPlanes>
 struct GateWeights {
   Weights<kPlanes, kWidth / 16> gate[3];
-  float unit;
+  float unit[3];
 
-  __device__ __forceinline__ GateWeights(const float* matrix, int slice, int g, int t) {
-    float largest = 0;
+  template <class Read>
+  __device__ __forceinline__ void load(const float* matrix, int slice, int g, int t) {
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
-      const Rows<kWidth> rows(matrix + i * kWidth * kWidth, slice, g, t);
-      largest = fmaxf(largest, largest_weight<kWidth / 16>(rows));
+      unit[i] = load_weights(gate[i], Read(matrix + i * kWidth * kWidth, slice, g, t));
     }
-    unit = unit_of(largest);
-    forget();
-#pragma unroll
-    for (int i = 0; i < 3; ++i) load_weights(gate[i], unit, Rows<kWidth>(matrix + i * kWidth * kWidth, slice, g, t));
   }
 };
 
