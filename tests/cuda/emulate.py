@@ -85,7 +85,7 @@ def core(op: str) -> ModuleType:
     """The bindings of ``op`` as in a core with CUDA, on emulated kernels. Of its CPU functions only names are there.
 
     ``descending(True)`` makes the threads of a block run in the opposite order, ``device(1)`` is a GPU with less shared
-    memory and more multiprocessors.
+    memory and more multiprocessors, and ``multiprocessors(n)`` is how many there seem to be of any (0: as it has).
     """
     pybind11 = pytest.importorskip("pybind11", reason="the emulated kernels are called through the bindings")
     folder = Path(tempfile.mkdtemp(prefix=f"fastmix-{op}-"))
@@ -95,17 +95,20 @@ def core(op: str) -> ModuleType:
         f"""#include "{ROOT}/bindings/{op}.cpp"
 extern "C" void emulation_descending(bool on);
 extern "C" void emulation_device(int index);
+extern "C" void emulation_multiprocessors(int count);
 PYBIND11_MODULE({name}, m) {{
   fastmix::bindings::register_{op}(m);
   m.def("descending", &emulation_descending);
   m.def("device", &emulation_device);
+  m.def("multiprocessors", &emulation_multiprocessors);
 }}
 """
     )
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     flags = [*includes, "-DFASTMIX_CUDA", "-fvisibility=hidden"]
     kernels = sorted((ROOT / "csrc" / "cuda").glob(f"{op}*.cu"))
-    library = compile_library(folder, *kernels, sources=[module], flags=flags)
+    sources = [module, ROOT / "csrc" / "cpu" / "workspace.cpp"]
+    library = compile_library(folder, *kernels, sources=sources, flags=flags)
     spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None and spec.loader is not None
     with _lazy_binding():  # the CPU kernels that the bindings name are not there, and never called

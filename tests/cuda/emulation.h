@@ -73,6 +73,7 @@ using cudaStream_t = void*;
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 
 namespace emulation {
 
@@ -100,12 +101,15 @@ enum cudaDeviceAttr {
 };
 namespace emulation {
 inline int device = 0;
-}
+inline int multiprocessors = 0;  // that there seem to be; 0: as the device has
+}  // namespace emulation
 inline cudaError_t cudaGetDevice(int* device) { return *device = emulation::device, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   // One like an H100, one like an RTX 4090, but with so few multiprocessors that blocks get to do more than one tile.
   constexpr int kValues[2][4] = {{2, 227 * 1024, 9, 0}, {3, 99 * 1024, 8, 9}};
-  return *value = kValues[device][attribute], cudaSuccess;
+  *value = kValues[device][attribute];
+  if (attribute == cudaDevAttrMultiProcessorCount && emulation::multiprocessors > 0) *value = emulation::multiprocessors;
+  return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t = nullptr) {
   std::memset(to, value, bytes);
@@ -118,7 +122,7 @@ namespace emulation {
 
 constexpr int kLanes = 32;
 constexpr size_t kStack = 256 * 1024, kPage = 4096, kValue = 128;  // bytes; kValue: what a lane may exchange at once
-constexpr size_t kStaticShared = 48 * 1024, kMostShared = 227 * 1024;
+constexpr size_t kStaticShared = 48 * 1024;
 constexpr unsigned kMostThreads = 1024;
 
 // Where the threads of a set meet. Values lie in two sets of slots by turns: whoever deposits in one has read the
@@ -398,6 +402,10 @@ extern "C" __attribute__((weak, visibility("default"))) void emulation_descendin
 
 extern "C" __attribute__((weak, visibility("default"))) void emulation_device(int index) { emulation::device = index; }
 
+extern "C" __attribute__((weak, visibility("default"))) void emulation_multiprocessors(int count) {
+  emulation::multiprocessors = count;
+}
+
 // --- Barriers, votes, shuffles ---------------------------------------------------------------------------------------
 
 inline void __syncthreads() { emulation::meet(emulation::whole_block); }
@@ -571,6 +579,7 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   }
   return result;
 }
+inline unsigned __umulhi(unsigned x, unsigned y) { return static_cast<unsigned>(static_cast<uint64_t>(x) * y >> 32); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
@@ -581,5 +590,7 @@ inline float __int_as_float(int x) { return emulation::same_bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return emulation::same_bits<float>(x); }
 inline long long __double_as_longlong(double x) { return emulation::same_bits<long long>(x); }
 inline double __longlong_as_double(long long x) { return emulation::same_bits<double>(x); }
+
+#include "instructions.h"
 
 #pragma GCC visibility pop

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmix.ops import _library
+from fastmix.ops._precision import float32_precision
 from fastmix.ops.monotonic.arguments import (
     INPUTS,
     POSITIVITY_CODES,
@@ -156,7 +157,7 @@ def _parameters(sizes: Sizes) -> int:
 
 
 def _full_precision() -> bool:
-    return _library.matmul_precision() == "highest"
+    return float32_precision() == "highest"
 
 
 def _nothing(like: Tensor) -> Tensor:
