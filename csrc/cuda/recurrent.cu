@@ -5,17 +5,6 @@ namespace fastmix {
 namespace FASTMIX_ISA {
 namespace {
 
-struct Device {
-  int multiprocessors = 1, shared = 0;  // bytes that a block can have
-
-  Device() {
-    int device = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
-};
-
 // How many tiles of eight rows a block takes: a step costs about as much as a tile more than its tiles do, and blocks
 // that find no multiprocessor free walk after the others. 0 where not even one tile fits.
 template <class Bytes>
@@ -23,7 +12,7 @@ int choose_tiles(int64_t rows, int networks, const Device& device, const Bytes& 
   constexpr int kMost = 8;
   int best = 0;
   int64_t least = 0;
-  for (int tiles = 1; tiles <= kMost && bytes(tiles) <= device.shared; ++tiles) {
+  for (int tiles = 1; tiles <= kMost && bytes(tiles) <= device.shared_memory; ++tiles) {
     const int64_t work = blocks(rows, tiles * kRowsPerTile) * static_cast<int64_t>(networks);
     const int64_t cost = (work + device.multiprocessors - 1) / device.multiprocessors * (tiles + 1);
     if (best == 0 || cost < least) best = tiles, least = cost;
@@ -38,7 +27,7 @@ void allow_shared(Kernel* kernel, int64_t bytes) {
 
 template <int kWidth, int kPlanes>
 const char* forward(const RecurrentCudaForward& p, cudaStream_t stream) {
-  const Device device;
+  const Device& device = current_device();
   const int64_t rows = p.episodes * p.agents;
   int output_tiles = 0;
   for (int i = 0; i < p.networks; ++i) {
@@ -79,7 +68,7 @@ BackwardPlan plan_backward(const RecurrentCudaBackward& p, const Device& device)
     inputs = max(inputs, p.obs_size + network.actions + p.ids);
     with_states |= network.grad_hidden_states != nullptr;
   }
-  if (gradients_bytes<kWidth, kPlanes>(outputs, p.obs_size) > device.shared) return plan;
+  if (gradients_bytes<kWidth, kPlanes>(outputs, p.obs_size) > device.shared_memory) return plan;
   const auto bytes = [&](int tiles) {
     return BackwardMemory<kWidth, kPlanes>(nullptr, tiles, stages_of(tiles), outputs, with_states).bytes;
   };
@@ -100,7 +89,7 @@ BackwardPlan plan_backward(const RecurrentCudaBackward& p, const Device& device)
 
 template <int kWidth, int kPlanes>
 const char* backward(const RecurrentCudaBackward& p, cudaStream_t stream) {
-  const Device device;
+  const Device& device = current_device();
   const BackwardPlan plan = plan_backward<kWidth, kPlanes>(p, device);
   if (plan.tiles == 0) return "a block has too little shared memory";
   int outputs = 0;
@@ -163,14 +152,14 @@ bool recurrent_cuda_fits(int64_t hidden_size, int64_t obs_size, int64_t outputs,
     const int64_t walk = FASTMIX_ISA::BackwardMemory<C::kWidth, C::kPlanes>(nullptr, 1, FASTMIX_ISA::stages_of(1), n, true).bytes;
     const int64_t input = sizeof(FASTMIX_ISA::InputMemory<C::kWidth, C::kPlanes>);
     const int64_t gradients = FASTMIX_ISA::gradients_bytes<C::kWidth, C::kPlanes>(n, obs_size);
-    return max(max(forward, walk), max(input, gradients)) <= FASTMIX_ISA::Device().shared;
+    return max(max(forward, walk), max(input, gradients)) <= FASTMIX_ISA::current_device().shared_memory;
   });
 }
 
 int64_t recurrent_cuda_workspace(const RecurrentCudaBackward& p) {
   return FASTMIX_ISA::with_constants(p, [&](auto constants) {
     using C = decltype(constants);
-    const auto plan = FASTMIX_ISA::plan_backward<C::kWidth, C::kPlanes>(p, FASTMIX_ISA::Device());
+    const auto plan = FASTMIX_ISA::plan_backward<C::kWidth, C::kPlanes>(p, FASTMIX_ISA::current_device());
     return plan.network_bytes * p.networks;
   });
 }

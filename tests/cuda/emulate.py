@@ -85,7 +85,7 @@ def core(op: str) -> ModuleType:
     """The bindings of ``op`` as in a core with CUDA, on emulated kernels. Of its CPU functions only names are there.
 
     ``descending(True)`` makes the threads of a block run in the opposite order, ``device(1)`` is a GPU with less shared
-    memory and more multiprocessors, and ``multiprocessors(n)`` is how many there seem to be of any (0: as it has).
+    memory and more multiprocessors, ``device(2)`` one with as many as an H100.
     """
     pybind11 = pytest.importorskip("pybind11", reason="the emulated kernels are called through the bindings")
     folder = Path(tempfile.mkdtemp(prefix=f"fastmix-{op}-"))
@@ -95,12 +95,10 @@ def core(op: str) -> ModuleType:
         f"""#include "{ROOT}/bindings/{op}.cpp"
 extern "C" void emulation_descending(bool on);
 extern "C" void emulation_device(int index);
-extern "C" void emulation_multiprocessors(int count);
 PYBIND11_MODULE({name}, m) {{
   fastmix::bindings::register_{op}(m);
   m.def("descending", &emulation_descending);
   m.def("device", &emulation_device);
-  m.def("multiprocessors", &emulation_multiprocessors);
 }}
 """
     )

@@ -73,7 +73,6 @@ using cudaStream_t = void*;
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 
 namespace emulation {
 
@@ -101,15 +100,13 @@ enum cudaDeviceAttr {
 };
 namespace emulation {
 inline int device = 0;
-inline int multiprocessors = 0;  // that there seem to be; 0: as the device has
 }  // namespace emulation
 inline cudaError_t cudaGetDevice(int* device) { return *device = emulation::device, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  // One like an H100, one like an RTX 4090, but with so few multiprocessors that blocks get to do more than one tile.
-  constexpr int kValues[2][4] = {{2, 227 * 1024, 9, 0}, {3, 99 * 1024, 8, 9}};
-  *value = kValues[device][attribute];
-  if (attribute == cudaDevAttrMultiProcessorCount && emulation::multiprocessors > 0) *value = emulation::multiprocessors;
-  return cudaSuccess;
+  // One like an H100, one like an RTX 4090, but with so few multiprocessors that blocks get to do more than one tile; and
+  // an H100 as it is.
+  constexpr int kValues[3][4] = {{2, 227 * 1024, 9, 0}, {3, 99 * 1024, 8, 9}, {132, 227 * 1024, 9, 0}};
+  return *value = kValues[device][attribute], cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t = nullptr) {
   std::memset(to, value, bytes);
@@ -122,7 +119,7 @@ namespace emulation {
 
 constexpr int kLanes = 32;
 constexpr size_t kStack = 256 * 1024, kPage = 4096, kValue = 128;  // bytes; kValue: what a lane may exchange at once
-constexpr size_t kStaticShared = 48 * 1024;
+constexpr size_t kStaticShared = 48 * 1024, kMostShared = 227 * 1024;
 constexpr unsigned kMostThreads = 1024;
 
 // Where the threads of a set meet. Values lie in two sets of slots by turns: whoever deposits in one has read the
@@ -402,10 +399,6 @@ extern "C" __attribute__((weak, visibility("default"))) void emulation_descendin
 
 extern "C" __attribute__((weak, visibility("default"))) void emulation_device(int index) { emulation::device = index; }
 
-extern "C" __attribute__((weak, visibility("default"))) void emulation_multiprocessors(int count) {
-  emulation::multiprocessors = count;
-}
-
 // --- Barriers, votes, shuffles ---------------------------------------------------------------------------------------
 
 inline void __syncthreads() { emulation::meet(emulation::whole_block); }
@@ -490,12 +483,21 @@ inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
   }
 }
 
-// Copies happen as late as they may: when they are waited for.
+// Copies happen as late as they may, when they are waited for; until then their place holds nothing that means anything.
 inline void copy_async(void* to, const void* from, size_t bytes, bool inside) {
-  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0) {
+  const auto* place = static_cast<unsigned char*>(to);
+  if (place < shared_memory || place + bytes > shared_memory + dynamic_size + static_size) fail("copy out of bounds");
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || (inside && reinterpret_cast<uintptr_t>(from) % bytes != 0)) {
     fail("an asynchronous copy is not aligned");
   }
-  threads[current].copies.back().push_back({to, inside ? from : nullptr, bytes});
+  auto& copies = threads[current].copies;
+  for (const auto& group : copies) {
+    for (const Copy& other : group) {
+      if (other.to == to) fail("a copy to where another one is still under way");
+    }
+  }
+  std::memset(to, 0xff, bytes);
+  copies.back().push_back({to, inside ? from : nullptr, bytes});
 }
 inline void end_copies() { threads[current].copies.emplace_back(); }
 inline void copies_arrived(size_t pending) {

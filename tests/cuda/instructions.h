@@ -1,11 +1,6 @@
 // The functions of csrc/cuda/ptx.h on the host: fragments lie in lanes and registers as the instructions have them, and
 // sums are cut off to float after every product as the matrix unit does.
-//
-// A copy into shared memory happens only when its thread waits for it, so that a missing wait shows.
 #pragma once
-
-#include <algorithm>
-#include <deque>
 
 #include "emulation.h"
 
@@ -52,34 +47,6 @@ inline float tf32(uint32_t bits) { return same_bits<float>(bits & 0xffffe000u); 
 struct Factors {
   uint32_t a[4], b[2];
 };
-
-struct Copy {
-  void* to;
-  const void* from;
-  size_t bytes;
-  bool valid;
-};
-struct Copies {
-  std::vector<Copy> open;
-  std::deque<std::vector<Copy>> closed;
-};
-inline std::vector<Copies> copies(kMostThreads);
-
-inline void copy(void* to, const void* from, size_t bytes, bool valid) {
-  const auto* place = static_cast<unsigned char*>(to);
-  if (place < shared_memory || place + bytes > shared_memory + dynamic_size + static_size) fail("copy out of bounds");
-  if (reinterpret_cast<uintptr_t>(to) % bytes != 0) fail("copy to a misaligned place");
-  if (valid && reinterpret_cast<uintptr_t>(from) % bytes != 0) fail("copy from a misaligned place");
-  const auto under_way = [&](const std::vector<Copy>& group) {
-    return std::any_of(group.begin(), group.end(), [&](const Copy& other) { return other.to == to; });
-  };
-  auto& mine = copies[current];
-  if (under_way(mine.open) || std::any_of(mine.closed.begin(), mine.closed.end(), under_way)) {
-    fail("a copy to where another one is still under way");
-  }
-  std::memset(to, 0xff, bytes);  // undefined until waited for
-  copies[current].open.push_back({to, from, bytes, valid});
-}
 
 }  // namespace emulation
 
@@ -152,27 +119,13 @@ inline void load_matrices(uint32_t (&d)[4], const void* row, bool transposed) {
 inline void load_matrices(uint32_t (&d)[4], const void* row) { emulation::load_matrices(d, row, false); }
 inline void load_matrices_transposed(uint32_t (&d)[4], const void* row) { emulation::load_matrices(d, row, true); }
 
-inline void copy_16(void* to, const void* from, bool valid) { emulation::copy(to, from, 16, valid); }
-inline void copy_8(void* to, const void* from, bool valid) { emulation::copy(to, from, 8, valid); }
-inline void copy_4(void* to, const void* from, bool valid) { emulation::copy(to, from, 4, valid); }
-inline void close_copies() {
-  auto& mine = emulation::copies[emulation::current];
-  mine.closed.push_back(std::move(mine.open));
-  mine.open.clear();
-}
+inline void copy_16(void* to, const void* from, bool valid) { emulation::copy_async(to, from, 16, valid); }
+inline void copy_8(void* to, const void* from, bool valid) { emulation::copy_async(to, from, 8, valid); }
+inline void copy_4(void* to, const void* from, bool valid) { emulation::copy_async(to, from, 4, valid); }
+inline void close_copies() { emulation::end_copies(); }
 template <int kPending>
 void wait_copies() {
-  auto& mine = emulation::copies[emulation::current];
-  while (mine.closed.size() > kPending) {
-    for (const auto& copy : mine.closed.front()) {
-      if (copy.valid) {
-        std::memcpy(copy.to, copy.from, copy.bytes);
-      } else {
-        std::memset(copy.to, 0, copy.bytes);
-      }
-    }
-    mine.closed.pop_front();
-  }
+  emulation::copies_arrived(kPending);
 }
 
 inline void meet(int) { __syncthreads(); }

@@ -123,10 +123,10 @@ def check(p: Problem, tolerance: float, kinks: float = 0.0, states: bool = False
 # ---- Emulated ----
 
 
-def _emulate(descending: bool = False, multiprocessors: int = 132) -> Iterator[None]:
+def _emulate(descending: bool = False, device: int = 2) -> Iterator[None]:
     core = emulate.core("recurrent")
     core.descending(descending)
-    core.multiprocessors(multiprocessors)
+    core.device(device)
     with (
         mock.patch.object(_library, "on_cuda", lambda tensor: True),
         mock.patch.object(_library, "queue_on", lambda device, function, *args: function(*args, 0)),
@@ -151,7 +151,7 @@ def emulated() -> Iterator[None]:
 @pytest.fixture
 def few_multiprocessors() -> Iterator[None]:
     """The same on two multiprocessors: blocks take several tiles of rows, and several turns."""
-    yield from _emulate(multiprocessors=2)
+    yield from _emulate(device=0)
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {
