@@ -6,7 +6,7 @@ import torch
 
 
 def float32_precision() -> str:
-    """ "highest", "high" or "medium": see `torch.set_float32_matmul_precision`."""
+    """One of "highest", "high" and "medium": see `torch.set_float32_matmul_precision`."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:  # set through torch.backends.cuda.matmul.fp32_precision, which the older call cannot read
