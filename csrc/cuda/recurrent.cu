@@ -1,3 +1,16 @@
+// `recurrent` on CUDA: two launches forward, three backward, whatever the length and for up to four networks at once.
+//
+// What costs time in a recurrent network on a GPU is the chain of steps. So one block keeps some rows (episode, agent)
+// for all steps, its recurrent weights in registers: each of its warps holds 16 features of all three gates, multiplies
+// them with the states of eight rows, and has the three sums of a feature in one thread, where the gates are computed.
+// Eight rows, not 16, because the weights are the rows of the product: rows of the batch fill many multiprocessors, and
+// half as many exponentials stand between two products. The new states go through shared memory in the very order the
+// next product reads them in, without conflicts; one barrier per step. Everything that is not the chain is done by
+// other warps of the block at the same time: copies from and to memory, the gates' sums over x one step ahead (so that
+// neither these nor the gates ever lie in memory: 128 bytes a row and step come in, where the sums would be 768), the
+// output layer one step behind. Backward likewise: gates are made again, one step ahead of the gradients, from the 256
+// bytes a row and step that forward leaves; four multiplications and one product are the chain. The weights' gradients
+// are products over all rows and steps, balanced over all multiprocessors, in a fixed order: the same bits every time.
 #include "cuda/launch.h"
 #include "cuda/recurrent_backward.h"
 
@@ -104,7 +117,8 @@ const char* backward(const RecurrentCudaBackward& p, cudaStream_t stream) {
   }
   const auto networks = static_cast<unsigned>(p.networks);
 
-  const int64_t walk_bytes = BackwardMemory<kWidth, kPlanes>(nullptr, plan.tiles, plan.stages, outputs, with_states).bytes;
+  const int64_t walk_bytes =
+      BackwardMemory<kWidth, kPlanes>(nullptr, plan.tiles, plan.stages, outputs, with_states).bytes;
   allow_shared(&backward_kernel<kWidth, kPlanes>, walk_bytes);
   const dim3 walk_grid(plan.walks, networks);
   backward_kernel<kWidth, kPlanes><<<walk_grid, 6 * kWidth, walk_bytes, stream>>>(p, plan);
@@ -137,10 +151,6 @@ auto with_constants(const RecurrentCuda& p, const Run& run) {
 }  // namespace
 }  // namespace FASTMIX_ISA
 
-int64_t recurrent_cuda_saved(const RecurrentCuda& p, bool save) {
-  return FASTMIX_ISA::Saved::bytes(save, p.steps, p.episodes * p.agents, p.hidden_size, p.precise ? 2 : 1);
-}
-
 bool recurrent_cuda_fits(int64_t hidden_size, int64_t obs_size, int64_t outputs, bool precise) {
   RecurrentCuda p{};
   p.hidden_size = hidden_size;
@@ -149,7 +159,8 @@ bool recurrent_cuda_fits(int64_t hidden_size, int64_t obs_size, int64_t outputs,
     using C = decltype(constants);
     const auto n = static_cast<int>(outputs);
     const int64_t forward = FASTMIX_ISA::ForwardMemory<C::kWidth, C::kPlanes>(nullptr, 1, (n + 15) / 16).bytes;
-    const int64_t walk = FASTMIX_ISA::BackwardMemory<C::kWidth, C::kPlanes>(nullptr, 1, FASTMIX_ISA::stages_of(1), n, true).bytes;
+    const int64_t walk =
+        FASTMIX_ISA::BackwardMemory<C::kWidth, C::kPlanes>(nullptr, 1, FASTMIX_ISA::stages_of(1), n, true).bytes;
     const int64_t input = sizeof(FASTMIX_ISA::InputMemory<C::kWidth, C::kPlanes>);
     const int64_t gradients = FASTMIX_ISA::gradients_bytes<C::kWidth, C::kPlanes>(n, obs_size);
     return max(max(forward, walk), max(input, gradients)) <= FASTMIX_ISA::current_device().shared_memory;

@@ -95,19 +95,19 @@ __device__ __forceinline__ void slopes_of(float (&slopes)[kSlopes][4], const Cel
 template <int kWidth, int kPlanes>
 struct BackwardMemory {
   static constexpr int kSlices = kWidth / 16;
-  float4* slopes;                                       // [2][tiles][slice][kSlopes][lane]
-  float4* gates;                                        // [2][tiles][slice][gate][lane]: sums over x
-  float4* incoming;                                     // [2][tiles][slice][lane]: the states' gradients from outside
-  float4* carried;                                      // [tiles][slice][lane]: from the step behind, past its gates
-  Tile<kPlanes, kGradients * kSlices>* gradients;       // [2][tiles]: of the gates' sums
+  float4* slopes;                                  // [2][tiles][slice][kSlopes][lane]
+  float4* gates;                                   // [2][tiles][slice][gate][lane]: sums over x
+  float4* incoming;                                // [2][tiles][slice][lane]: the states' gradients from outside
+  float4* carried;                                 // [tiles][slice][lane]: from the step behind, past its gates
+  Tile<kPlanes, kGradients * kSlices>* gradients;  // [2][tiles]: of the gates' sums
   float* unit;                                     // [2][tiles], of these
   float* largest;                                  // [2][tiles][slice], of what the next unit has to be for
   RowRing<kWidth, kPlanes> x, states;
-  float* x_unit;                                        // [stage][rows]
-  float* grad_q;                                        // [stage][rows][output_stride]
-  float* grad_states;                                   // [stage][rows][D]
-  uint4* fc2;                                           // [8 outputs][slice][plane][lane]
-  int64_t *result, *grad_q_row;                         // [rows]
+  float* x_unit;                 // [stage][rows]
+  float* grad_q;                 // [stage][rows][output_stride]
+  float* grad_states;            // [stage][rows][D]
+  uint4* fc2;                    // [8 outputs][slice][plane][lane]
+  int64_t *result, *grad_q_row;  // [rows]
   int64_t bytes;
 
   __host__ __device__ BackwardMemory(unsigned char* memory, int tiles, int stages, int outputs, bool with_states) {
@@ -141,13 +141,13 @@ __device__ __forceinline__ float largest_of(const float* slices) {
 }
 
 // A third of the warps carry the gradient of the state from step to step, 16 features each. The second third works on x
-// and on what comes from outside: it makes the gates' sums over x and the incoming gradients two steps ahead, and copies
-// the results away. The last third makes the gates once more, one step ahead, and their slopes, so
-// that four multiplications are left to do between two products. All meet once per step.
+// and on what comes from outside: it makes the gates' sums over x and the incoming gradients two steps ahead, and
+// copies the results away. The last third makes the gates once more, one step ahead, and their slopes, so that four
+// multiplications are left to do between two products. All meet once per step.
 //
-// Gradients may be of any size, and half precision numbers not. Their unit comes from the largest gradient of the tile's
-// states one step later, and of what comes in: it may be off by the growth of one step, for which there are 15 powers of
-// two.
+// Gradients may be of any size, and half precision numbers not. Their unit comes from the largest gradient of the
+// tile's states one step later, and of what comes in: it may be off by the growth of one step, for which there are 15
+// powers of two.
 template <int kWidth, int kPlanes>
 __global__ void __launch_bounds__(6 * kWidth, 1)
     backward_kernel(const __grid_constant__ RecurrentCudaBackward p, const __grid_constant__ BackwardPlan plan) {
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
   const int tiles = plan.tiles, tile_rows = tiles * kRowsPerTile;
   const int outputs = plan.outputs_of(network);
   const BackwardMemory<kWidth, kPlanes> shared(memory, tiles, plan.stages, outputs,
-                                                network.grad_hidden_states != nullptr);
+                                               network.grad_hidden_states != nullptr);
   const int64_t rows = p.episodes * p.agents, first = static_cast<int64_t>(blockIdx.x) * tile_rows;
   const int valid = static_cast<int>(min(rows - first, static_cast<int64_t>(tile_rows)));
   const int steps = static_cast<int>(p.steps), stages = plan.stages, stride = output_stride(outputs);
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
     keep(own);
     keep(own_slopes);
     // What comes to the state behind step `step` of the walk from the step before, and adds up there.
-    const auto arrive = [&](float (&dh)[4], const Sums<kPlanes> (&sums)[3], int tile, int step) {
+    const auto arrive = [&](float (&dh)[4], const Sums<kPlanes>(&sums)[3], int tile, int step) {
       to_array(dh, at_byte(shared.carried + tile * kSlices * kLanes, own));
       if (step == 0) return;
       const float unit = shared.unit[(step + 1) % 2 * tiles + tile];
@@ -212,8 +212,8 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
         for (int i = 0; i < 4; ++i) dh[i] += sums[gate].value(i) * both;
       }
     };
-    // Leaves what goes on past the gates, with what comes in from outside at step `step`, and the largest of that and of
-    // `dh`.
+    // Leaves what goes on past the gates, with what comes in from outside at step `step`, and the largest of that and
+    // of `dh`.
     const auto carry = [&](float (&carried)[4], const float (&dh)[4], int tile, int step) {
       float largest = 0;
 #pragma unroll
@@ -260,8 +260,7 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
         largest_unit = fmaxf(largest_unit, unit);
         if (threadIdx.x == 0) shared.unit[now * tiles + tile] = unit;
         const float scale = inverse(unit);
-        const float4* from =
-            &at_byte(shared.slopes + (now * tiles + tile) * kSlices * kSlopes * kLanes, own_slopes);
+        const float4* from = &at_byte(shared.slopes + (now * tiles + tile) * kSlices * kSlopes * kLanes, own_slopes);
         float slopes[kSlopes][4], dh[4], gradients[kGradients][4], carried[4];
 #pragma unroll
         for (int i = 0; i < kSlopes; ++i) to_array(slopes[i], from[i * kLanes]);
@@ -625,8 +624,8 @@ __device__ __forceinline__ void states_gradients(const RecurrentCudaBackward& p,
         const int i = pass + static_cast<int>(threadIdx.x) / kPerRow, own = threadIdx.x % kPerRow;
         const int64_t behind = first + i - rows;
         const bool exists = behind >= 0 && behind < total;
-        const float* from = network.grad_q + index(exists ? behind : 0).offset(network.grad_q_stride) +
-                            own * network.grad_q_stride[3];
+        const float* from =
+            network.grad_q + index(exists ? behind : 0).offset(network.grad_q_stride) + own * network.grad_q_stride[3];
 #pragma unroll 1
         for (int output = own; output < outputs; output += kPerRow) {
           copy_4(grad_q + (at * kBlockRows + i) * stride + output, from, exists);

@@ -23,9 +23,6 @@ struct Saved {
     x = halves + (with_states ? (steps + 1) * step : 0);
     x_unit = reinterpret_cast<float*>(x + steps * step);
   }
-  static int64_t bytes(bool with_states, int64_t steps, int64_t rows, int64_t width, int planes) {
-    return ((with_states ? 2 * steps + 1 : steps) * planes * width * 2 + steps * 4) * rows;
-  }
 };
 
 // Lays arrays out one behind the other, on the host only to learn their size.
@@ -172,7 +169,7 @@ __global__ void __launch_bounds__(kInputThreads)
           const uint2 v = *reinterpret_cast<const uint2*>(pair);
           weights.part[plane][0] = v.x, weights.part[plane][1] = v.y;
         }
-        add_product<kPlanes>(sums[tile], [&](float(&sum)[4]) { multiply(sum, inputs, weights); });
+        add_product<kPlanes>(sums[tile], [&](float (&sum)[4]) { multiply(sum, inputs, weights); });
       }
     }
     if (more) keep_weights(buffer ^ 1);
@@ -275,8 +272,8 @@ struct RowRing {
   __device__ __forceinline__ unsigned char* at(int step, int tile) const {
     return bytes + ((step & (stages - 1)) * tiles + tile) * kPlanes * kTileBytes;
   }
-  // Copies rows [planes, width] from `from`; those from `valid` on become zeros. 2 * kWidth threads do it, in which every
-  // tile takes one piece of 16 bytes each.
+  // Copies rows [planes, width] from `from`; those from `valid` on become zeros. 2 * kWidth threads do it, in which
+  // every tile takes one piece of 16 bytes each.
   __device__ __forceinline__ void load(int step, const uint16_t* from, int valid, int thread) const {
     constexpr int kPieces = kWidth / 8, kRow = kPlanes * kPieces;
     static_assert(kRowsPerTile * kRow <= 2 * kWidth);
@@ -353,14 +350,14 @@ constexpr int kForwardStages = 4;
 template <int kWidth, int kPlanes>
 struct ForwardMemory {
   static constexpr int kSlices = kWidth / 16;
-  Tile<kPlanes, kSlices>* states;              // [2][tiles]: before and behind a step
-  float4* gates;                               // [2][tiles][slice][gate][lane]
-  float4* state;                               // [tiles][slice][lane], in full precision, each lane its own
+  Tile<kPlanes, kSlices>* states;  // [2][tiles]: before and behind a step
+  float4* gates;                   // [2][tiles][slice][gate][lane]
+  float4* state;                   // [tiles][slice][lane], in full precision, each lane its own
   RowRing<kWidth, kPlanes> x;
-  float* x_unit;                               // [stage][rows]
-  int64_t* result;                             // [rows]
-  uint4* fc2;                      // [16 outputs][slice][plane][lane]
-  float *fc2_unit, *fc2_bias;      // [16 outputs], [outputs]
+  float* x_unit;               // [stage][rows]
+  int64_t* result;             // [rows]
+  uint4* fc2;                  // [16 outputs][slice][plane][lane]
+  float *fc2_unit, *fc2_bias;  // [16 outputs], [outputs]
   int64_t bytes;
 
   __host__ __device__ ForwardMemory(unsigned char* memory, int tiles, int output_tiles) {
@@ -497,7 +494,7 @@ __global__ void __launch_bounds__(4 * kWidth, 1)
   const InputGates<kWidth, kPlanes> input_gates(network.weights, slice, g, t);
   for (int tile = slice; tile < output_tiles; tile += kSlices) {
     const int output = 16 * tile + 2 * g;
-    const auto read = [&](float(&values)[2][4], int s) {
+    const auto read = [&](float (&values)[2][4], int s) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int row = output + i / 4, column = 16 * s + Neighbours()(t, i % 4);

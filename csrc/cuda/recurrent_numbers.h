@@ -1,10 +1,11 @@
 // How the kernels of `recurrent` hold numbers, multiply them, and hand them from warp to warp.
 //
-// All products with recurrent weights are made of half precision factors, which the matrix unit multiplies twice as
-// fast as tf32. A half precision number has the 11 significant bits of a tf32 number but not its range, so everything
-// carries a power of two per row: weights their row's, inputs and gradients that of their (step, row). kPlanes is how
-// many half precision numbers stand for one float: 1 keeps as much as one tf32 product does; 2 adds what the first one
-// leaves, times 2^11, 22 bits together, and three products (without the smallest of the four) keep what float32 keeps.
+// Products with weights are made of half precision factors, which the matrix unit multiplies twice as fast as tf32. A
+// half precision number has the 11 significant bits of a tf32 number but not its range, so what may be of any size is
+// held in units, powers of two: one for a warp's weights of a gate, for a row of x, for a tile's gradients. States are
+// of size one. kPlanes is how many half precision numbers stand for one float: 1 keeps as much as a factor of a tf32
+// product does; 2 adds what the first one leaves, times 2^11, 22 bits together, and three products (without the
+// smallest of the four) keep what float32 keeps.
 //
 // Blocks of eight rows (episode, agent) are the columns of a product, weights its rows: a tile of results is 16
 // features of 8 rows, of which lane 4g + t has features 2g and 2g + 1 of rows 2t and 2t + 1, in the order (2g, 2t),
@@ -21,10 +22,11 @@ constexpr float kLow = 2048, kLowUnit = 1.0f / 2048;
 
 // ---- Powers of two ----
 
-// The largest power of two that is not above `size`, within 2^-100 and 2^100.
+// The largest power of two that is not above `size`, within 2^-100 and 2^100. What is not finite has none: 1, so that
+// it does not spoil its neighbours.
 __device__ __forceinline__ float unit_of(float size) {
   const uint32_t bits = __float_as_uint(size) & 0x7f800000u;
-  return __uint_as_float(min(max(bits, 27u << 23), 227u << 23));
+  return bits == 0x7f800000u ? 1.0f : __uint_as_float(min(max(bits, 27u << 23), 227u << 23));
 }
 // Of a power of two.
 __device__ __forceinline__ float inverse(float unit) { return __uint_as_float(0x7f000000u - __float_as_uint(unit)); }
@@ -167,6 +169,7 @@ template <int kWidth, class Column>
 struct Columns {
   const float* first;
   bool aligned;
+  int t;
 
   __device__ __forceinline__ Columns(const float* matrix, int slice, int g, int t)
       : first(matrix + 16 * slice + 2 * g), aligned(reinterpret_cast<uintptr_t>(matrix) % 8 == 0), t(t) {}
@@ -182,9 +185,6 @@ struct Columns {
       }
     }
   }
-
- private:
-  int t;
 };
 
 // The parts that belong to the three gates of [3 D, D] weights, each with a unit of its own.

@@ -80,17 +80,15 @@ struct RecurrentCuda : RecurrentShape {
   int networks;
 };
 
-// Bytes of a network's memory for the forward pass, with `save` for the backward pass too.
-int64_t recurrent_cuda_saved(const RecurrentCuda& p, bool save);
-
 struct RecurrentCudaForward : RecurrentCuda {
   struct Network {
     int64_t actions, outputs;
     RecurrentWeights<const float> weights;   // layer norm is the caller's
     const float* hidden;                     // [B, A, D]; null: zeros
     float *q, *last_hidden, *hidden_states;  // as on the CPU; q null: the output layer is the caller's
-    void* saved;                             // recurrent_cuda_saved bytes
-    bool save;                               // for a backward pass
+    void* saved;  // with P = 2 if precise, else 1: [T + 1, R, P, D] (with `save`) and [T, R, P, D] half precision
+                  // numbers, then [T, R] floats
+    bool save;  // for a backward pass
   } network[kRecurrentNetworks];
 };
 

@@ -28,8 +28,12 @@ needs_gpu = [
 
 PRECISE, ROUGH = 2e-6, 2e-3
 """RMS ratio to float64: products to float32's precision, and to that of tf32"""
-KINKS = 3e-2
-"""Of rough gradients behind the input layer: features near zero change sides"""
+LONG = 1e-5
+"""As `PRECISE`, over many steps, with the exponentials of a device"""
+FLIPS, KINKS = 2e-3, 3e-2
+"""Of gradients before the ReLU: rounding decides of the features near zero, few of millions or, in low precision, many"""
+SETTINGS = {"highest": (LONG, FLIPS), "high": (ROUGH, KINKS)}
+"""torch.set_float32_matmul_precision -> tolerances of large problems"""
 
 
 class Problem(NamedTuple):
@@ -58,7 +62,7 @@ def problem(
     B: int = 3,
     T: int = 7,
     A: int = 2,
-    O: int = 7,
+    n_obs: int = 7,
     U: int = 5,
     D: Sequence[int] = (64,),
     *,
@@ -72,7 +76,7 @@ def problem(
 ) -> Problem:
     """Networks of hidden sizes ``D`` on one input; those of the indices ``frozen`` need no gradient."""
     g = torch.Generator().manual_seed(seed)
-    inputs = O + (U if actions else 0) + (A if ids else 0)
+    inputs = n_obs + (U if actions else 0) + (A if ids else 0)
     networks = [
         recurrent_params(inputs, width, U, layer_norm=norm, seed=seed + i, requires_grad=i not in frozen)
         for i, width in enumerate(D)
@@ -81,7 +85,7 @@ def problem(
         torch.randn(B, A, width, generator=g).requires_grad_(i not in frozen) if start else None
         for i, width in enumerate(D)
     ]
-    obs = torch.randn(B, T, A, O, generator=g).requires_grad_(grad_obs)
+    obs = torch.randn(B, T, A, n_obs, generator=g).requires_grad_(grad_obs)
     return Problem(obs, networks, hidden, torch.randint(-1, U, (B, T, A), generator=g) if actions else None, ids)
 
 
@@ -109,15 +113,16 @@ def grads(outputs: Sequence[RecurrentOutput], p: Problem) -> list[Tensor]:
 
 
 def check(p: Problem, tolerance: float, kinks: float = 0.0, states: bool = False) -> None:
-    """Outputs and all gradients against the reference in float64."""
+    """Outputs and all gradients against the reference in float64; ``kinks`` is for those of the input layer."""
     ours = run(p, states=states)
     exact = p.to(str(p.obs.device), torch.float64)
     expected = run(exact, "reference", states)
     for i, (a, e) in enumerate(zip(flat(ours), flat(expected), strict=True)):
         assert a.dtype == torch.float32
         assert_close(a, e, tolerance, name=f"output {i}")
-    for i, (a, e) in enumerate(zip(grads(ours, p), grads(expected, exact), strict=True)):
-        assert_close(a, e, max(tolerance, kinks), name=f"gradient {i}")
+    before = [id(t) for t in (p.obs, *(t for network in p.networks for t in network[:2]))]
+    for i, (leaf, a, e) in enumerate(zip(p.leaves(), grads(ours, p), grads(expected, exact), strict=True)):
+        assert_close(a, e, max(tolerance, kinks if id(leaf) in before else 0.0), name=f"gradient {i}")
 
 
 # ---- Emulated ----
@@ -197,11 +202,12 @@ def test_emulated_kernels_in_lower_precision(name: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("few_multiprocessors")
-@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("D", [(64,), (32, 32)])
-def test_emulated_blocks_of_several_tiles(D: tuple[int, ...], precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_cuda, "float32_precision", lambda: precision)
-    check(problem(23, 5, 5, 11, 7, D), *((PRECISE,) if precision == "highest" else (ROUGH, KINKS)), states=True)
+def test_emulated_blocks_of_several_tiles(D: tuple[int, ...], setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_cuda, "float32_precision", lambda: setting)
+    tolerance, kinks = (PRECISE, 0.0) if setting == "highest" else SETTINGS[setting]
+    check(problem(23, 5, 5, 11, 7, D), tolerance, kinks, states=True)
 
 
 @pytest.mark.usefixtures("emulated")
@@ -311,7 +317,9 @@ def test_emulated_gradient_of_each_output_alone() -> None:
     exact = p.to("cpu", torch.float64)
     outputs = run(p, states=True), run(exact, "reference", True)
     for i in range(3):
-        ours, expected = (gradients([out[0][i]], x.leaves()) for out, x in zip(outputs, (p, exact), strict=True))
+        ours, expected = (
+            gradients(flat(out)[i : i + 1], x.leaves()) for out, x in zip(outputs, (p, exact), strict=True)
+        )
         for a, e in zip(ours, expected, strict=True):
             assert_close(a, e, PRECISE)
 
@@ -343,9 +351,7 @@ def test_emulated_stepper() -> None:
 @pytest.mark.usefixtures("emulated")
 def test_other_hidden_sizes_are_left_to_other_backends() -> None:
     p = problem(D=(64, 48))
-    with pytest.raises(
-        RuntimeError, match=r"'native' was asked for, but its CUDA kernels take hidden sizes of 32 and 64, got 48"
-    ):
+    with pytest.raises(RuntimeError, match=r"'native' was asked for, but .* hidden sizes of 32 and 64, got 48"):
         run(p)
     ours = recurrent(p.obs, p.networks, p.hidden, last_actions=p.last_actions, agent_ids=True)
     for a, e in zip(flat(ours), flat(run(p, "reference")), strict=True):
@@ -428,17 +434,17 @@ def of_shape(name: str, **options: Any) -> Problem:
 
 @gpu_test
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("setting", ["highest", "high"])
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_gpu_float64_reference_is_met(name: str, setting: str) -> None:
     torch.set_float32_matmul_precision(setting)
-    check(of_shape(name, start=False), *((PRECISE,) if setting == "highest" else (ROUGH, KINKS)))
+    check(of_shape(name, start=False), *SETTINGS[setting])
 
 
 @gpu_test
 @pytest.mark.parametrize(("episodes", "steps"), [(64, 60), (256, 60), (512, 120), (1000, 7)])
 @pytest.mark.parametrize("D", [(64,), (64, 64), (32,)])
 def test_gpu_many_rows(episodes: int, steps: int, D: tuple[int, ...]) -> None:
-    check(problem(episodes, steps, 5, 55, 12, D).to("cuda", torch.float32), PRECISE)
+    check(problem(episodes, steps, 5, 55, 12, D).to("cuda", torch.float32), LONG, FLIPS)
 
 
 @gpu_test
@@ -446,19 +452,7 @@ def test_gpu_many_rows(episodes: int, steps: int, D: tuple[int, ...]) -> None:
 def test_gpu_odd_problems(name: str) -> None:
     p = PROBLEMS[name]().to("cuda", torch.float32)
     if p.leaves():
-        check(p, PRECISE, states=True)
-
-
-@gpu_test
-def test_gpu_is_as_the_emulation_says() -> None:
-    """Not bitwise: the matrix unit adds in an order of its own, and exponentials are approximate."""
-    p = problem(9, 12, 5, 30, 12)
-    on_device = p.to("cuda", torch.float32)
-    out = run(on_device)
-    for _ in _emulate():
-        emulated = run(p)
-        for a, e in zip([*flat(out), *grads(out, on_device)], [*flat(emulated), *grads(emulated, p)], strict=True):
-            assert_close(a, e, 1e-6)
+        check(p, LONG, states=True)
 
 
 @gpu_test
@@ -470,7 +464,7 @@ def test_gpu_autocast(dtype: torch.dtype) -> None:
 
 
 @gpu_test
-@pytest.mark.parametrize("setting", ["highest", "high"])
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_gpu_same_bits_every_time(setting: str) -> None:
     torch.set_float32_matmul_precision(setting)
     p = of_shape("5m_vs_6m", D=(64, 64), frozen=(1,), grad_obs=True)
@@ -563,7 +557,7 @@ def test_gpu_cudnn_agrees(norm: bool) -> None:
         warnings.simplefilter("error")
         ours, theirs = run(p, states=True), run(p, "cudnn", True)
         for a, e in zip([*flat(ours), *grads(ours, p)], [*flat(theirs), *grads(theirs, p)], strict=True):
-            assert_close(a, e, 1e-5)
+            assert_close(a, e, FLIPS)
 
 
 @gpu_test
@@ -609,7 +603,7 @@ def test_gpu_stepper_unrolls_like_the_sequence() -> None:
         inputs[1].copy_(p.last_actions[:, t])
         graph.replay()
         assert torch.equal(eager, q) and torch.equal(hidden, state)
-        assert_close(eager, expected.q[:, t], PRECISE)
+        assert_close(eager, expected.q[:, t], LONG)
 
 
 @gpu_test

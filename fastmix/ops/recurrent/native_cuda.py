@@ -44,7 +44,14 @@ def limit(network: RecurrentParams, n_obs: int) -> str | None:
         return f"its CUDA kernels take float32, got {dtype}"
     if width not in HIDDEN_SIZES:
         return f"its CUDA kernels take hidden sizes of {' and '.join(map(str, HIDDEN_SIZES))}, got {width}"
-    return _device_limit(network.fc1_weight.device.index, width, n_obs, min(outputs, MOST_OUTPUTS))
+    return _limit_on(network.fc1_weight.device.index, width, n_obs, min(outputs, MOST_OUTPUTS))
+
+
+def _limit_on(index: int, width: int, n_obs: int, outputs: int) -> str | None:
+    return _device_limit(index, width, n_obs, outputs)
+
+
+_limit_on._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see fastmix.backends
 
 
 @cache
@@ -56,9 +63,6 @@ def _device_limit(index: int, width: int, n_obs: int, outputs: int) -> str | Non
     with torch.cuda.device(index):
         fits = all(_core().recurrent_cuda_fits(width, n_obs, outputs, precise) for precise in (False, True))
     return None if fits else "its CUDA kernels need blocks with more shared memory than this GPU has"
-
-
-_device_limit._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def recurrent(
