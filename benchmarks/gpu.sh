@@ -295,7 +295,7 @@ summary() {
         [[ ! -s $LOGS/bench-$part.json ]] || reports+=("$LOGS/bench-$part.json")
     done
     echo
-    column -t "$STAGES"
+    column -t "$STAGES" 2>/dev/null || cat "$STAGES"
     failures
     ! wanted bench || [[ ${#reports[@]} -eq 0 ]] || (cd "$TREE" && "$PYTHON" -m fastmix bench join "${reports[@]}" \
         --json "$OUT/$NAME.json" --markdown "$OUT/$NAME.md" --brief) || true

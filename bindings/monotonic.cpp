@@ -170,7 +170,7 @@ void register_cuda(py::module_& m) {
                                             buffer<const float>(activations, s.rows, "activations"),
                                             pointer<float>(grad_agent_qs, 0, "grad_agent_qs"),
                                             buffer<float>(grad_activations, s.rows, "grad_activations"),
-                                            buffer<uint32_t>(signs, s.rows, "signs")};
+                                            buffer<uint32_t>(signs, 0, "signs")};
           raise(monotonic_backward_rows_cuda(p, reinterpret_cast<void*>(stream)));
         });
   m.def(
@@ -187,15 +187,16 @@ void register_cuda(py::module_& m) {
           const MonotonicCudaShape on_cuda = cuda_shape(s, full_precision);
           check(states[4] == 1, "states must be dense in their last dimension");
           check(parts_size >= monotonic_parts_cuda(on_cuda), "parts are too few for this device");
-          const MonotonicBackwardWeightsCuda p{on_cuda,
-                                               strided<float>(agent_qs, s.rows, "agent_qs"),
-                                               strided<float>(states, s.rows, "states"),
-                                               pointer<const float>(grad_q_tot, s.rows, "grad_q_tot"),
-                                               buffer<const float>(activations, s.rows, "activations"),
-                                               buffer<const float>(grad_activations, s.rows, "grad_activations"),
-                                               buffer<const uint32_t>(signs, s.rows, "signs"),
-                                               buffer<float>(parts, parts_size, "parts"),
-                                               weights<float>(addresses_from(gradients, on_cuda), s)};
+          const MonotonicBackwardWeightsCuda p{
+              on_cuda,
+              strided<float>(agent_qs, s.rows, "agent_qs"),
+              strided<float>(states, s.rows, "states"),
+              pointer<const float>(grad_q_tot, s.rows, "grad_q_tot"),
+              buffer<const float>(activations, s.rows, "activations"),
+              buffer<const float>(grad_activations, s.rows, "grad_activations"),
+              buffer<const uint32_t>(signs, s.positivity == Positivity::abs ? s.rows : 0, "signs"),
+              buffer<float>(parts, parts_size, "parts"),
+              weights<float>(addresses_from(gradients, on_cuda), s)};
           raise(monotonic_backward_weights_cuda(p, reinterpret_cast<void*>(stream)));
         });
 }

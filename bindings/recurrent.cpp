@@ -4,6 +4,7 @@
 
 #include <array>
 #include <string>
+#include <vector>
 
 #include "check.h"
 #include "cpu/workspace.h"
@@ -181,6 +182,109 @@ void register_stepper(py::module_& m, const char* name) {
       .def("step", &Stepper<T>::step);
 }
 
+#if defined(FASTMIX_CUDA)
+// ---- On CUDA. Of every network one row of integers: sizes, addresses and strides, as recurrent.h has them. ----
+
+using CudaForwardRow = std::array<Address, 16>;
+using CudaBackwardRow = std::array<Address, 28>;
+using CudaSizes = std::array<int64_t, 6>;  // episodes, steps, agents, obs_size, ids, hidden_size
+
+template <class Params>
+Params cuda_params(Address obs, Address last_actions, const CudaSizes& sizes, const Strides& obs_stride,
+                   const Strides& action_stride, bool precise, std::size_t networks) {
+  check(networks >= 1 && networks <= kRecurrentNetworks, "there must be 1 to 4 networks");
+  check(sizes[5] == 32 || sizes[5] == 64, "hidden_size must be 32 or 64");
+  Params p{};
+  static_cast<RecurrentShape&>(p) =
+      shape({sizes[0], sizes[1], sizes[2], sizes[3], 0, sizes[4], sizes[5], 1}, obs_stride, action_stride);
+  check(rows(p) * p.steps > 0, "there must be rows and steps");
+  check(rows(p) < (int64_t{1} << 31) / (p.steps + 1), "there are too many rows and steps");
+  p.obs = pointer<const float>(obs, rows(p) * p.steps * p.obs_size, "obs");
+  p.last_actions = pointer<const int64_t>(last_actions, 0, "last_actions");
+  p.precise = precise;
+  p.networks = static_cast<int>(networks);
+  return p;
+}
+
+// `a` are actions and outputs, `at` the addresses of the eight weights.
+template <class T>
+RecurrentWeights<T> cuda_weights(const RecurrentCuda& p, const Address* a, const Address* at, bool with_outputs,
+                                 const char* name) {
+  RecurrentShape s = p;
+  s.actions = static_cast<int64_t>(a[0]);
+  s.outputs = with_outputs ? static_cast<int64_t>(a[1]) : 0;
+  check(s.actions == 0 || p.last_actions != nullptr, "last_actions is null");
+  check(!with_outputs || (s.outputs >= 1 && s.outputs <= kRecurrentOutputs), "there must be 1 to 64 outputs");
+  return weights<T>(s, {at[0], at[1], at[2], at[3], at[4], at[5], 0, 0, at[6], at[7]}, name);
+}
+
+RecurrentCudaForward cuda_forward(Address obs, Address last_actions, const std::vector<CudaForwardRow>& networks,
+                                  const CudaSizes& sizes, const Strides& obs_stride, const Strides& action_stride,
+                                  bool precise) {
+  auto p =
+      cuda_params<RecurrentCudaForward>(obs, last_actions, sizes, obs_stride, action_stride, precise, networks.size());
+  const int64_t n = rows(p), D = p.hidden_size;
+  for (std::size_t i = 0; i < networks.size(); ++i) {
+    const CudaForwardRow& a = networks[i];
+    p.network[i] = {static_cast<int64_t>(a[0]),
+                    static_cast<int64_t>(a[1]),
+                    cuda_weights<const float>(p, a.data(), &a[8], a[3] != 0, "a weight"),
+                    pointer<const float>(a[2], 0, "hidden"),
+                    pointer<float>(a[3], 0, "q"),
+                    pointer<float>(a[4], n * D, "last_hidden"),
+                    pointer<float>(a[5], 0, "hidden_states"),
+                    pointer<void*>(a[6], n, "saved"),
+                    a[7] != 0};
+    check(a[6] % 16 == 0, "saved must be aligned to 16 bytes");
+  }
+  return p;
+}
+
+RecurrentCudaBackward cuda_backward(Address obs, Address last_actions, const std::vector<CudaBackwardRow>& networks,
+                                    const CudaSizes& sizes, const Strides& obs_stride, const Strides& action_stride,
+                                    bool precise) {
+  auto p =
+      cuda_params<RecurrentCudaBackward>(obs, last_actions, sizes, obs_stride, action_stride, precise, networks.size());
+  const int64_t n = rows(p);
+  for (std::size_t i = 0; i < networks.size(); ++i) {
+    const CudaBackwardRow& a = networks[i];
+    const auto stride = [&](int j) { return static_cast<int64_t>(a[4 + j]); };
+    p.network[i] = {static_cast<int64_t>(a[0]),
+                    static_cast<int64_t>(a[1]),
+                    cuda_weights<const float>(p, a.data(), &a[10], a[3] != 0, "a weight"),
+                    pointer<void*>(a[2], n, "saved"),
+                    pointer<const float>(a[3], 0, "grad_q"),
+                    pointer<const float>(a[8], 0, "grad_last_hidden"),
+                    pointer<const float>(a[9], 0, "grad_hidden_states"),
+                    {stride(0), stride(1), stride(2), stride(3)},
+                    cuda_weights<float>(p, a.data(), &a[18], a[3] != 0, "a weight's gradient"),
+                    pointer<float>(a[26], 0, "grad_hidden"),
+                    pointer<float>(a[27], 0, "grad_x")};
+    check(a[2] % 16 == 0, "saved must be aligned to 16 bytes");
+    check(a[27] % 8 == 0, "grad_x must be aligned to 8 bytes");
+  }
+  return p;
+}
+
+void register_cuda(py::module_& m) {
+  m.def("recurrent_cuda_forward", on_cuda("recurrent", &cuda_forward, &recurrent_cuda_forward));
+  m.def("recurrent_cuda_backward",
+        on_cuda<Address>("recurrent", &cuda_backward, [](auto p, Address workspace, void* stream) {
+          check(workspace % 16 == 0, "workspace must be aligned to 16 bytes");
+          p.workspace = pointer<void*>(workspace, rows(p), "workspace");
+          return recurrent_cuda_backward(p, stream);
+        }));
+  // Bytes of that workspace; called like the pass itself, since the device decides.
+  m.def("recurrent_cuda_workspace",
+        [](Address obs, Address last_actions, const std::vector<CudaBackwardRow>& networks, const CudaSizes& sizes,
+           const Strides& obs_stride, const Strides& action_stride, bool precise, Address) {
+          return recurrent_cuda_workspace(
+              cuda_backward(obs, last_actions, networks, sizes, obs_stride, action_stride, precise));
+        });
+  m.def("recurrent_cuda_fits", &recurrent_cuda_fits);
+}
+#endif
+
 }  // namespace
 
 void register_recurrent(py::module_& m) {
@@ -214,6 +318,9 @@ void register_recurrent(py::module_& m) {
                                                      grad_last_hidden, grad_hidden_states, grads, grad_obs, grad_hidden,
                                                      threads);
   });
+#if defined(FASTMIX_CUDA)
+  register_cuda(m);
+#endif
 }
 
 }  // namespace fastmix::bindings

@@ -72,6 +72,11 @@ __device__ __forceinline__ void opaque(float& x) {
   asm volatile("" : "+f"(x));
 #endif
 }
+__device__ __forceinline__ void opaque(int& x) {
+#if !defined(FASTMIX_EMULATED)
+  asm volatile("" : "+r"(x));
+#endif
+}
 
 // The line of global memory that `p` is in shall come to the second-level cache.
 __device__ __forceinline__ void prefetch(const void* p) {

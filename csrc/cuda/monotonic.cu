@@ -7,24 +7,32 @@
 // chunks (`Stream`) that all warps of a block share, asynchronously and two chunks ahead; where all of them fit they
 // come once per block, which then takes several tiles of rows.
 //
-// Forward: a tile of 32 rows belongs to a pair of warps, since one fragment of the weights then feeds two products: at
-// one, reading shared memory takes longer than the matrix units do. Each warp of the pair has half of the columns of
-// everything. In the first layer that is one of the two hidden layers, half of b1 and half of V's hidden layer: 96
-// columns, 96 accumulators a lane. Then they show each other their hidden layers, through shared memory; from there on
-// a warp has 16 of the 32 e of every agent, with as many accumulators. At the end one float a row passes between them.
+// Forward: a tile of 32 rows belongs to a pair of warps, since one fragment of the weights (256 bytes, two clocks of
+// shared memory) then feeds two products (about 1.6 clocks of the matrix units each). Each warp of the pair has half of
+// the columns of everything. In the first layer that is one of the two hidden layers, half of b1 and half of V's hidden
+// layer: 96 columns, 96 accumulators a lane. Then they show each other their hidden layers, through shared memory; from
+// there on a warp has 16 of the 32 e of every agent. At the end one float a row passes between them.
 //
 // Backward: a warp has 16 rows, all columns. It generates the weights again from the hidden layers that forward kept,
-// and holds of each hidden layer both the values and the sum of the gradients.
-#include "cuda/launch.cuh"
+// and holds of each hidden layer both the values and the sum of the gradients; two tiles of rows would not fit beside
+// each other, and reading the activations and writing their gradients takes as long as shared memory does.
+#include "cuda/launch.h"
 #include "cuda/mma.cuh"
 #include "fastmix/monotonic.h"
 
 namespace fastmix {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kStep = MonotonicPacked::kFirstStep, kUnit = MonotonicPacked::kUnit, kMatrix = MonotonicPacked::kMatrix;
+using FASTMIX_ISA::ceil_div;
+using FASTMIX_ISA::current_device;
+using FASTMIX_ISA::Device;
+using FASTMIX_ISA::kAllLanes;
+using FASTMIX_ISA::kWarp;
+using FASTMIX_ISA::launch;
+using FASTMIX_ISA::launched;
+
+constexpr int kStep = MonotonicPacked::kFirstStep, kMatrix = MonotonicPacked::kMatrix;
+constexpr int kForward = MonotonicPacked::kForward, kUnit = MonotonicPacked::kUnit;
 constexpr int kHidden1 = 0, kHidden2 = kMonotonicHidden, kMix = 2 * kMonotonicHidden, kV = kMix + kMonotonicEmbed;
 constexpr int kHiddenTiles = kMonotonicHidden / 8, kEmbedTiles = kMonotonicEmbed / 8;
 
@@ -113,9 +121,10 @@ __device__ __forceinline__ float sum_to_lane(const float (&x)[4], int t) {
 }
 
 // How a kernel's work is cut: a block takes the tile with its own number and every gridDim.x further, `passes` of them,
-// the first `longer` blocks one more. `slots` of shared memory are for weights.
+// the first `longer` blocks one more. Weights have `slots` in shared memory and are fetched `ahead` chunks (1 or 2)
+// ahead.
 struct Cut {
-  int tiles, passes, longer, slots;
+  int tiles, passes, longer, slots, ahead;
 
   __device__ __forceinline__ int mine() const { return passes + (static_cast<int>(blockIdx.x) < longer ? 1 : 0); }
 };
@@ -151,8 +160,8 @@ __device__ __forceinline__ void copy_all(float* to, const float* from, int count
 
 // Forward reads the first layer four steps at a time, then three units.
 struct ForwardChunks {
-  static constexpr int kSteps = 4, kUnits = 3;
-  static constexpr int kFloats = kSteps * kStep > kUnits* kUnit ? kSteps * kStep : kUnits * kUnit;
+  static constexpr int kSteps = 4, kUnits = 3, kFloats = kUnits * kForward;
+  static_assert(kSteps * kStep <= kFloats);
 
   const float *steps, *units;
   int n_steps, n_units, first, count;  // first: chunks of the first layer
@@ -169,66 +178,64 @@ struct ForwardChunks {
     if (chunk < first) {
       copy_all(to, steps + int64_t{chunk} * (kSteps * kStep), min(kSteps, n_steps - chunk * kSteps) * kStep);
     } else {
-      chunk -= first;
-      copy_all(to, units + int64_t{chunk} * (kUnits * kUnit), min(kUnits, n_units - chunk * kUnits) * kUnit);
+      const int begin = (chunk - first) * kUnits;
+      for (int i = 0; i < min(kUnits, n_units - begin); ++i) {
+        copy_all(to + i * kForward, units + int64_t{begin + i} * kUnit, kForward);
+      }
     }
   }
 };
 
-// Backward reads a unit in both forms.
+// Backward reads a unit.
 struct BackwardChunks {
-  static constexpr int kFloats = kUnit + kMatrix;
+  static constexpr int kFloats = kUnit;
 
-  const float *units, *transposed;
+  const float* units;
   int count;
 
   __host__ __device__ BackwardChunks(const float* packed, const MonotonicPacked& at, int64_t agents)
-      : units(packed + at.units), transposed(packed + at.transposed), count(static_cast<int>(agents) + 1) {}
+      : units(packed + at.units), count(static_cast<int>(agents) + 1) {}
 
-  __device__ void fetch(int unit, float* to) const {
-    copy_all(to, units + int64_t{unit} * kUnit, kUnit);
-    copy_all(to + kUnit, transposed + int64_t{unit} * kMatrix, kMatrix);
-  }
+  __device__ void fetch(int unit, float* to) const { copy_all(to, units + int64_t{unit} * kUnit, kUnit); }
 };
 
-// Chunks 0 .. count - 1, again and again, in `slots` slots of shared memory. With a slot for each they are fetched once
-// and the block meets at them in the first pass only; otherwise it meets at each. There are two chunks at least.
+// Chunks 0 .. count - 1, again and again, in slots of shared memory. With a slot for each they are fetched once and the
+// block meets at them in the first pass only; otherwise it meets at each. There are two chunks at least.
 template <class Chunks>
 class Stream {
  public:
-  __device__ Stream(const Chunks& chunks, float* memory, int slots, int passes)
+  __device__ Stream(const Chunks& chunks, float* memory, const Cut& cut)
       : chunks_(chunks),
         memory_(memory),
-        slots_(slots),
-        meetings_(slots >= chunks.count ? chunks.count : chunks.count * passes) {
-    for (; chunk_ < ahead(); ++chunk_) fetch(chunk_);
+        cut_(cut),
+        meetings_(cut.slots >= chunks.count ? chunks.count : chunks.count * cut.mine()) {
+    for (; chunk_ < cut.ahead; ++chunk_) fetch(chunk_);
   }
 
   // The next chunk, for all threads of the block. The chunk before it may be overwritten from now on.
   __device__ const float* next() {
     if (meetings_ > 0) {
       --meetings_;
-      if (slots_ > 2) {
+      if (cut_.ahead == 2) {
         copies_arrived<1>();
       } else {
         copies_arrived<0>();
       }
       __syncthreads();
-      if (meetings_ >= ahead()) {
-        fetch(slot_ + ahead() - (slot_ + ahead() >= slots_ ? slots_ : 0));
+      if (meetings_ >= cut_.ahead) {
+        const int slot = slot_ + cut_.ahead;
+        fetch(slot < cut_.slots ? slot : slot - cut_.slots);
         chunk_ = chunk_ + 1 == chunks_.count ? 0 : chunk_ + 1;
       } else {
         end_copies();
       }
     }
     const float* chunk = memory_ + slot_ * Chunks::kFloats;
-    slot_ = slot_ + 1 == slots_ ? 0 : slot_ + 1;
+    slot_ = slot_ + 1 == cut_.slots ? 0 : slot_ + 1;
     return chunk;
   }
 
  private:
-  __device__ int ahead() const { return slots_ > 2 ? 2 : 1; }
-
   __device__ void fetch(int slot) {
     chunks_.fetch(chunk_, memory_ + slot * Chunks::kFloats);
     end_copies();
@@ -236,7 +243,7 @@ class Stream {
 
   const Chunks chunks_;
   float* const memory_;
-  const int slots_;
+  const Cut& cut_;
   int meetings_, slot_ = 0, chunk_ = 0;  // chunk_: the next to be fetched
 };
 
@@ -258,7 +265,7 @@ __device__ __forceinline__ void generate(float (&z)[M][N][4], float (&h)[M][kHid
     Operand<4> a[M];
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      if constexpr (kFull) {
+      if constexpr (kFull && M > 1) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) opaque(h[m][k][i]);  // or all are split once for all units, which spills
       }
@@ -275,8 +282,8 @@ __device__ __forceinline__ void generate(float (&z)[M][N][4], float (&h)[M][kHid
 
 constexpr int kPackThreads = 256;
 
-// Which of the 192 columns tile `tile` of the packed first layer starts at: the columns of a pair's first warp, then
-// those of its second.
+// Which of the 192 columns tile `tile` of the packed first layer starts at: first the columns of a pair's first warp,
+// then those of its second; of either eight tiles of a hidden layer, two of b1, two of V's hidden layer.
 __host__ __device__ constexpr int first_column(int tile) {
   const int half = tile / 12, j = tile % 12;
   if (j < 8) return kMonotonicHidden * half + 8 * j;
@@ -335,24 +342,22 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(const MonotonicPackC
     const InPair in(in_step % kPair);
     const int tile = in_step / kPair * 2 + in.n / 8;
     value = first_weight(p, first_column(tile) + in.n % 8, i / kStep * 8 + in.k);
-  } else if (i < at.transposed) {
+  } else if (i < at.first_bias) {
     const int64_t unit = (i - at.units) / kUnit;
     const int in_unit = static_cast<int>((i - at.units) % kUnit);
     if (in_unit < kMatrix) {
       const InPair in(in_unit % kPair);
       const int pair = in_unit / kPair;
       value = unit_weight(p, unit, pair % 2 * 16 + in.n, pair / 2 * 8 + in.k);
-    } else {
-      is_operand = false;
+    } else if (in_unit < kForward) {
       const int in_bias = in_unit - kMatrix;
+      is_operand = false;
       value = unit_bias(p, unit, in_bias / 4 * 2 + in_bias % 2);
+    } else {
+      const InPair in((in_unit - kForward) % kPair);
+      const int pair = (in_unit - kForward) / kPair;
+      value = unit_weight(p, unit, pair / 4 * 8 + in.k, pair % 4 * 16 + in.n);
     }
-  } else if (i < at.first_bias) {
-    const int64_t unit = (i - at.transposed) / kMatrix;
-    const int in_unit = static_cast<int>((i - at.transposed) % kMatrix);
-    const InPair in(in_unit % kPair);
-    const int pair = in_unit / kPair;
-    value = unit_weight(p, unit, pair / 4 * 8 + in.k, pair % 4 * 16 + in.n);
   } else {
     is_operand = false;
     if (i < at.v_weight) {
@@ -374,12 +379,13 @@ constexpr int kMostPairs = 4;                                                   
 constexpr int kExchange = 2 * kPairRows * kMonotonicHidden, kPartial = kPairRows;  // floats of shared memory a pair
 
 // Eight features of the lane's four rows, from `column` on, as operand A of two tiles. `left`: features that are there.
-__device__ __forceinline__ void load_states(float (&a)[2][4], const float* const (&rows)[4], int column, int left,
-                                            bool in_pairs) {
+// `kEven`: their number and all addresses allow for two to be loaded at once.
+template <bool kEven>
+__device__ __forceinline__ void load_states(float (&a)[2][4], const float* const (&rows)[4], int column, int left) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     float2 v;
-    if (in_pairs) {
+    if constexpr (kEven) {
       v = load2_if(column < left, rows[i] + column);
     } else {
       v.x = load_if(column < left, rows[i] + column);
@@ -390,9 +396,9 @@ __device__ __forceinline__ void load_states(float (&a)[2][4], const float* const
   }
 }
 
-template <bool kFull>
+template <bool kFull, bool kEven>
 __global__ void __launch_bounds__(2 * kMostPairs * kWarp, 1)
-    forward_kernel(const MonotonicForwardCuda p, const MonotonicPacked at, const Cut cut, bool in_pairs) {
+    forward_kernel(const MonotonicForwardCuda p, const MonotonicPacked at, const Cut cut) {
   extern __shared__ __align__(16) float memory[];
   const int lane = static_cast<int>(threadIdx.x % kWarp), g = lane / 4, t = lane % 4;
   const int pair = static_cast<int>(threadIdx.x / (2 * kWarp)), pairs = static_cast<int>(blockDim.x / (2 * kWarp));
@@ -400,7 +406,7 @@ __global__ void __launch_bounds__(2 * kMostPairs * kWarp, 1)
   const uint32_t sign = sign_bit(p.positivity);
   const int n_rows = static_cast<int>(p.rows), tile_rows = pairs * kPairRows;
   const ForwardChunks chunks(p.packed, at, p.state_dim, p.agents);
-  Stream<ForwardChunks> stream(chunks, memory, cut.slots, cut.mine());
+  Stream<ForwardChunks> stream(chunks, memory, cut);
   float* const exchange = memory + cut.slots * ForwardChunks::kFloats + pair * kExchange;
   float* const partial = memory + cut.slots * ForwardChunks::kFloats + pairs * kExchange + pair * kPartial;
 
@@ -416,7 +422,7 @@ __global__ void __launch_bounds__(2 * kMostPairs * kWarp, 1)
 #pragma unroll
     for (int i = 0; i < 4; ++i) states[i] += 2 * t;
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) load_states(ahead[i], states, 8 * i, left, in_pairs);
+    for (int i = 0; i < kAhead; ++i) load_states<kEven>(ahead[i], states, 8 * i, left);
   };
   look_ahead(blockIdx.x);
 
@@ -444,7 +450,7 @@ __global__ void __launch_bounds__(2 * kMostPairs * kWarp, 1)
         for (int k = 0; k < 4; ++k) x[k] = rounded<kFull>(ahead[i % kAhead][m][k]);
         a[m] = operand<kFull>(x);
       }
-      load_states(ahead[i % kAhead], states, 8 * (i + kAhead), left, in_pairs);
+      load_states<kEven>(ahead[i % kAhead], states, 8 * (i + kAhead), left);
 #pragma unroll
       for (int j = 0; j < 12; j += 2) multiply<kFull>(c, j, a, weights + i * kStep + j / 2 * kPair);
     };
@@ -522,7 +528,7 @@ __global__ void __launch_bounds__(2 * kMostPairs * kWarp, 1)
     __syncthreads();
 
     // Second layer and mix: unit 0 is w2, the others are the agents.
-    float h[2][kHiddenTiles][4], w2[2][2][4], q[4];
+    float h[2][kHiddenTiles][4], w2[2][2][4];
     const auto load_hidden = [&](int which) {
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
@@ -534,8 +540,6 @@ __global__ void __launch_bounds__(2 * kMostPairs * kWarp, 1)
         }
       }
     };
-#pragma unroll
-    for (int i = 0; i < 4; ++i) q[i] = __ldg(q_rows[i]);
     load_hidden(1);
     const float* chunk = stream.next();
     generate<kFull>(w2, h, chunk, half, lane);
@@ -545,13 +549,11 @@ __global__ void __launch_bounds__(2 * kMostPairs * kWarp, 1)
         chunk = stream.next();
         in_chunk = 0;
       }
-      float next_q[4] = {};
-      if (agent + 1 < agents) {
+      float q[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) next_q[i] = __ldg(q_rows[i] + (agent + 1) * p.agent_qs.column_stride);
-      }
+      for (int i = 0; i < 4; ++i) q[i] = __ldg(q_rows[i] + agent * p.agent_qs.column_stride);
       float z[2][2][4];
-      generate<kFull>(z, h, chunk + in_chunk * kUnit, half, lane);
+      generate<kFull>(z, h, chunk + in_chunk * kForward, half, lane);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
@@ -562,8 +564,6 @@ __global__ void __launch_bounds__(2 * kMostPairs * kWarp, 1)
           }
         }
       }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) q[i] = next_q[i];
     }
 
 #pragma unroll
@@ -622,46 +622,47 @@ __device__ __forceinline__ uint32_t through_positivity(float (&z)[kEmbedTiles][4
     for (int x = 0; x < 4; ++x) least = fminf(least, fabsf(z[j][x]));
   }
   const bool exact_zeros = sign != 0 && __any_sync(kAllLanes, least == 0);  // rare: their slope is neither
-  uint32_t zero[2] = {}, minus[2] = {};
+  uint32_t zero = 0, minus = 0;                                             // row g in the first byte, then row g + 8
   if (exact_zeros) {
 #pragma unroll
     for (int j = 0; j < kEmbedTiles; ++j) {
 #pragma unroll
-      for (int x = 0; x < 4; ++x) zero[x / 2] |= (z[j][x] == 0 ? 1u : 0u) << (2 * j + x % 2);
+      for (int x = 0; x < 4; ++x) zero |= (z[j][x] == 0 ? 1u : 0u) << (x / 2 * 8 + 2 * j + x % 2);
     }
   }
-  sum[0] = sum[1] = 0;
 #pragma unroll
-  for (int j = kEmbedTiles - 1; j >= 0; --j) {
-    float dz[4];
+  for (int row = 1; row >= 0; --row) {
+    sum[row] = 0;
 #pragma unroll
-    for (int x = 3; x >= 0; --x) {
-      const int i = x % 2 * 2 + x / 2;  // where an operand A has what an accumulator has at x
-      const float value = with_sign(factor[j][i], z[j][x], sign);
-      sum[x / 2] += value * z[j][x];
-      dz[i] = rounded<kFull>(scale[x / 2] * value);
-      minus[x / 2] = __funnelshift_l(__float_as_uint(z[j][x]), minus[x / 2], 1);
+    for (int j = kEmbedTiles - 1; j >= 0; --j) {
+#pragma unroll
+      for (int column = 1; column >= 0; --column) {
+        const float weight = z[j][2 * row + column];
+        const float value = with_sign(factor[j][row + 2 * column], weight, sign);
+        sum[row] += value * weight;
+        minus = __funnelshift_l(__float_as_uint(weight), minus, 1);
+        z[j][2 * row + column] = rounded<kFull>(scale[row] * value);
+      }
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) z[j][i] = dz[i];
   }
-  if (sign == 0) minus[0] = minus[1] = 0;
-  uint32_t plus[2] = {minus[0] ^ 0xffu, minus[1] ^ 0xffu};
+#pragma unroll
+  for (int j = 0; j < kEmbedTiles; ++j) {
+    const float second = z[j][1];  // accumulator to operand
+    z[j][1] = z[j][2];
+    z[j][2] = second;
+  }
+  if (sign == 0) minus = 0;
   if (exact_zeros) {
 #pragma unroll
     for (int j = 0; j < kEmbedTiles; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (zero[i % 2] >> (2 * j + i / 2) & 1) z[j][i] = 0;
+        if (zero >> (i % 2 * 8 + 2 * j + i / 2) & 1) z[j][i] = 0;
       }
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      plus[i] &= ~zero[i];
-      minus[i] &= ~zero[i];
-    }
+    minus &= ~zero;
   }
-  return plus[0] | minus[0] << 8 | plus[1] << 16 | minus[1] << 24;
+  return __byte_perm(~(minus | zero), minus, 0x5140);
 }
 
 // Byte t of all lanes of a quad, with their bits where the 32 columns of a row are: lane t has columns 2 t + x % 2 of
@@ -685,6 +686,7 @@ __device__ __forceinline__ uint32_t byte_to_lane(uint32_t bytes, int t) {
 template <bool kFull>
 __device__ __forceinline__ void go_back(float (&dh)[1][kHiddenTiles][4], const float (&dz)[4], const float* transposed,
                                         int tile, int lane) {
+  __syncwarp();  // or the weights of all tiles are loaded at once, which spills
   const Operand<4> a[1] = {operand<kFull>(dz)};
 #pragma unroll
   for (int n = 0; n < kHiddenTiles; n += 2) {
@@ -696,14 +698,30 @@ template <bool kFull>
 __global__ void __launch_bounds__((kFull ? kMostWarpsFull : kMostWarps) * kWarp, 1)
     backward_rows_kernel(const MonotonicBackwardRowsCuda p, const MonotonicPacked at, const Cut cut) {
   extern __shared__ __align__(16) float memory[];
-  const int lane = static_cast<int>(threadIdx.x % kWarp), g = lane / 4, t = lane % 4;
+  int thread = static_cast<int>(threadIdx.x);
   const int agents = static_cast<int>(p.agents);
   const uint32_t sign = sign_bit(p.positivity), real_columns = 0xffffffffu >> (kMonotonicEmbed - p.embed);
   const int n_rows = static_cast<int>(p.rows), tile_rows = static_cast<int>(blockDim.x / kWarp) * kRows;
-  Stream<BackwardChunks> stream({p.packed, at, p.agents}, memory, cut.slots, cut.mine());
+  Stream<BackwardChunks> stream({p.packed, at, p.agents}, memory, cut);
+
+  // A warp waits for activations twice in a tile, for less time where they are in the second-level cache.
+  const auto look_ahead = [&](int tile) {
+    constexpr int kLine = 32;  // floats
+    const int first_row = tile * tile_rows + thread / kWarp * kRows;
+    const float* line = p.activations + int64_t{first_row} * kMonotonicColumns + thread % kWarp * kLine;
+    const float* const end = p.activations + int64_t{n_rows} * kMonotonicColumns;
+#pragma unroll
+    for (int i = 0; i < kRows * kMonotonicColumns; i += kWarp * kLine) {
+      if (line + i < end) prefetch(line + i);
+    }
+  };
+  look_ahead(blockIdx.x);
 
   for (int tile = blockIdx.x; tile < cut.tiles; tile += gridDim.x) {
-    const int first_row = tile * tile_rows + static_cast<int>(threadIdx.x / kWarp) * kRows + g;
+    opaque(thread);  // or what follows from it stays in registers for all tiles, which spills
+    const int warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
+    const int first_row = tile * tile_rows + warp * kRows + g;
+    if (tile + static_cast<int>(gridDim.x) < cut.tiles) look_ahead(tile + gridDim.x);
     const float *kept[2], *q_rows[2];
     float grad[2];
 #pragma unroll
@@ -727,10 +745,10 @@ __global__ void __launch_bounds__((kFull ? kMostWarpsFull : kMostWarps) * kWarp,
     float* const grad_q = p.grad_agent_qs + int64_t{q_row} * agents;
     const auto store_signs = [&](uint32_t bytes, int unit) {
       const uint32_t word = byte_to_lane(bytes, t) & real_columns;
-      if (sign_row < n_rows) signs[2 * unit] = word;
+      if (sign_row < n_rows && p.signs != nullptr) signs[2 * unit] = word;
     };
 
-    // V, then w2, which the gradient of the mix needs.
+    // w2, which the gradient of the mix needs.
     float h[1][kHiddenTiles][4], dh[1][kHiddenTiles][4], z[1][kEmbedTiles][4], mix[kEmbedTiles][4];
     const auto load_hidden = [&](int column) {
 #pragma unroll
@@ -743,14 +761,6 @@ __global__ void __launch_bounds__((kFull ? kMostWarpsFull : kMostWarps) * kWarp,
     load_hidden(kHidden2);
 #pragma unroll
     for (int j = 0; j < kEmbedTiles; ++j) load_tile(mix[j], kept, kMix + 8 * j);
-#pragma unroll
-    for (int j = 0; j < kEmbedTiles; ++j) {
-      const float2 w = load2(p.packed + at.v_weight + 8 * j + 2 * t);
-      float v[4];
-      load_tile(v, kept, kV + 8 * j);
-      const float gradient[4] = {grad[0] * w.x, grad[0] * w.y, grad[1] * w.x, grad[1] * w.y};
-      store_masked(kV + 8 * j, gradient, v);
-    }
     const float* unit = stream.next();
     generate<kFull>(z, h, unit, 0, lane);
     float after[kEmbedTiles][4], sum[2];
@@ -770,30 +780,34 @@ __global__ void __launch_bounds__((kFull ? kMostWarpsFull : kMostWarps) * kWarp,
     }
     store_signs(through_positivity<kFull>(z[0], after, grad, sum, sign), agents);
 #pragma unroll
-    for (int j = 0; j < kEmbedTiles; ++j) go_back<kFull>(dh, z[0][j], unit + kUnit, j, lane);
+    for (int j = 0; j < kEmbedTiles; ++j) go_back<kFull>(dh, z[0][j], unit + kForward, j, lane);
 #pragma unroll
     for (int j = 0; j < kHiddenTiles; ++j) store_masked(kHidden2 + 8 * j, dh[0][j], h[0][j]);
 
-    // The agents.
+    // V, whose hidden layer is on its way together with the agents'.
     load_hidden(kHidden1);
-    float q[2] = {__ldg(q_rows[0]), __ldg(q_rows[1])};
-    const bool stores_q = t < 2 && q_row < n_rows && p.grad_agent_qs != nullptr;
-    for (int agent = 0; agent < agents; ++agent) {
-      float next_q[2] = {};
-      if (agent + 1 < agents) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) next_q[i] = __ldg(q_rows[i] + (agent + 1) * p.agent_qs.column_stride);
-      }
+    for (int j = 0; j < kEmbedTiles; ++j) {
+      const float2 w = load2(p.packed + at.v_weight + 8 * j + 2 * t);
+      float v[4];
+      load_tile(v, kept, kV + 8 * j);
+      const float gradient[4] = {grad[0] * w.x, grad[0] * w.y, grad[1] * w.x, grad[1] * w.y};
+      store_masked(kV + 8 * j, gradient, v);
+    }
+
+    // The agents.
+    for (int agent = 0; agent < agents; ++agent) {
+      float q[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) q[i] = __ldg(q_rows[i] + agent * p.agent_qs.column_stride);
       unit = stream.next();
       generate<kFull>(z, h, unit, 0, lane);
       const uint32_t bytes = through_positivity<kFull>(z[0], mix, q, sum, sign);
 #pragma unroll
-      for (int j = 0; j < kEmbedTiles; ++j) go_back<kFull>(dh, z[0][j], unit + kUnit, j, lane);
+      for (int j = 0; j < kEmbedTiles; ++j) go_back<kFull>(dh, z[0][j], unit + kForward, j, lane);
       store_signs(bytes, agent);
       const float dq = sum_to_lane(sum, t);
-      if (stores_q) grad_q[agent] = dq;
-      q[0] = next_q[0];
-      q[1] = next_q[1];
+      if (t < 2 && q_row < n_rows && p.grad_agent_qs != nullptr) grad_q[agent] = dq;
     }
 #pragma unroll
     for (int j = 0; j < kHiddenTiles; ++j) store_masked(kHidden1 + 8 * j, dh[0][j], h[0][j]);
@@ -804,10 +818,8 @@ __global__ void __launch_bounds__((kFull ? kMostWarpsFull : kMostWarps) * kWarp,
 
 constexpr int kOldest = 80;  // capability with tf32 and asynchronous copies
 
-int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
-
 // How many of `items` (pairs of warps, or warps) a block has. Every multiprocessor gets a block and the same number of
-// tiles, or one less: 29 items for each where a block takes 16 at most are two tiles of 15.
+// tiles, or one less: 30 items for each where a block takes 12 at most are three tiles of 10.
 int64_t per_block(int64_t items, int most, int multiprocessors) {
   const int64_t each = ceil_div(items, multiprocessors);
   return ceil_div(each, ceil_div(each, most));
@@ -819,8 +831,9 @@ struct Launch {
   size_t shared;
 };
 
-// `items` of `warps` warps each, which need `own` floats of shared memory besides the chunks. The chunks have a slot
-// each where that fits, otherwise three, or two where shared memory is small: then blocks may be smaller as well.
+// `items` of `warps` warps each, which need `own` floats of shared memory besides the chunks. Of these a block that
+// takes several tiles has all in shared memory, where they fit; otherwise there are three slots, or two where shared
+// memory is small, and then blocks may be smaller as well.
 template <class Chunks>
 Launch plan(const Device& device, int64_t items, int most, int warps, int own, int chunks) {
   const auto bytes = [&](int64_t slots, int64_t in_block) {
@@ -830,10 +843,10 @@ Launch plan(const Device& device, int64_t items, int most, int warps, int own, i
   int slots = chunks < 3 || bytes(3, most) > limit ? 2 : 3;
   while (most > 1 && bytes(slots, most) > limit) --most;
   const int64_t in_block = per_block(items, most, device.multiprocessors);
-  if (bytes(chunks, in_block) <= limit) slots = chunks;
   const int tiles = static_cast<int>(ceil_div(items, in_block));
   const int blocks = tiles < device.multiprocessors ? tiles : device.multiprocessors;
-  return {{tiles, tiles / blocks, tiles % blocks, slots},
+  if (tiles > blocks && bytes(chunks, in_block) <= limit) slots = chunks;
+  return {{tiles, tiles / blocks, tiles % blocks, slots, slots > 2 ? 2 : 1},
           static_cast<unsigned>(blocks),
           static_cast<unsigned>(in_block * warps * kWarp),
           bytes(slots, in_block)};
@@ -843,14 +856,10 @@ const char* too_old(const Device& device) {
   return device.capability < kOldest ? "it needs a GPU of compute capability 8.0 or above" : nullptr;
 }
 
-// Kernel, launch and arguments; `kernel` may use more shared memory than blocks have without asking.
-template <class Params, class... More>
-const char* launch(void (*kernel)(Params, More...), const Launch& l, void* stream, const Params& p, More... more) {
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared)) ==
-      cudaSuccess) {
-    kernel<<<l.blocks, l.threads, l.shared, static_cast<cudaStream_t>(stream)>>>(p, more...);
-  }
-  return launched();
+template <auto kKernel, class Params>
+const char* launch_plan(const Device& device, const Launch& l, void* stream, const Params& p,
+                        const MonotonicPacked& at) {
+  return launch<kKernel>(device, l.blocks, l.threads, l.shared, stream, p, at, l.cut);
 }
 
 }  // namespace
@@ -871,11 +880,14 @@ const char* monotonic_forward_cuda(const MonotonicForwardCuda& p, void* stream) 
   const int chunks = ForwardChunks(p.packed, at, p.state_dim, p.agents).count;
   const Launch l =
       plan<ForwardChunks>(device, ceil_div(p.rows, kPairRows), kMostPairs, 2, kExchange + kPartial, chunks);
-  // Whether two neighbours of a row can be loaded at once, and neither lies behind its end.
-  const bool in_pairs = p.state_dim % 2 == 0 && p.states.outer_stride % 2 == 0 && p.states.inner_stride % 2 == 0 &&
-                        reinterpret_cast<uintptr_t>(p.states.data) % sizeof(float2) == 0;
-  const auto kernel = p.full_precision ? forward_kernel<true> : forward_kernel<false>;
-  return launch(kernel, l, stream, p, at, l.cut, in_pairs);
+  const bool even = p.state_dim % 2 == 0 && p.states.outer_stride % 2 == 0 && p.states.inner_stride % 2 == 0 &&
+                    reinterpret_cast<uintptr_t>(p.states.data) % sizeof(float2) == 0;
+  if (p.full_precision) {
+    return even ? launch_plan<forward_kernel<true, true>>(device, l, stream, p, at)
+                : launch_plan<forward_kernel<true, false>>(device, l, stream, p, at);
+  }
+  return even ? launch_plan<forward_kernel<false, true>>(device, l, stream, p, at)
+              : launch_plan<forward_kernel<false, false>>(device, l, stream, p, at);
 }
 
 const char* monotonic_backward_rows_cuda(const MonotonicBackwardRowsCuda& p, void* stream) {
@@ -885,8 +897,8 @@ const char* monotonic_backward_rows_cuda(const MonotonicBackwardRowsCuda& p, voi
   const MonotonicPacked at = monotonic_packed(p.agents, p.state_dim);
   const Launch l = plan<BackwardChunks>(device, ceil_div(p.rows, kRows), p.full_precision ? kMostWarpsFull : kMostWarps,
                                         1, 0, BackwardChunks(p.packed, at, p.agents).count);
-  const auto kernel = p.full_precision ? backward_rows_kernel<true> : backward_rows_kernel<false>;
-  return launch(kernel, l, stream, p, at, l.cut);
+  return p.full_precision ? launch_plan<backward_rows_kernel<true>>(device, l, stream, p, at)
+                          : launch_plan<backward_rows_kernel<false>>(device, l, stream, p, at);
 }
 
 }  // namespace fastmix

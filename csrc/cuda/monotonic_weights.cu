@@ -15,15 +15,22 @@
 // gives the same bits. Operands come to shared memory by asynchronous copies some tiles ahead. Rows of a tile are 8
 // (modulo 32) floats apart there: what the lanes of a fragment (mma.cuh) read, four rows of eight columns, falls into
 // 32 banks.
-#include "cuda/launch.cuh"
+#include "cuda/launch.h"
 #include "cuda/mma.cuh"
 #include "fastmix/monotonic.h"
 
 namespace fastmix {
 namespace {
 
-constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
-constexpr unsigned kAllLanes = 0xffffffffu;
+using FASTMIX_ISA::ceil_div;
+using FASTMIX_ISA::current_device;
+using FASTMIX_ISA::Device;
+using FASTMIX_ISA::kAllLanes;
+using FASTMIX_ISA::kWarp;
+using FASTMIX_ISA::launch;
+using FASTMIX_ISA::launched;
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kStep = 8;             // rows of one product
 constexpr int64_t kFewestRows = 64;  // of a part
 constexpr int kHidden = kMonotonicHidden, kEmbed = kMonotonicEmbed, kColumns = kMonotonicColumns;
@@ -627,9 +634,7 @@ __global__ void __launch_bounds__(kThreads) add_parts_kernel(const Problem p, co
 constexpr int kMostAgents = 5;  // with more in a group registers do not suffice to load ahead
 constexpr int kTileChoices[] = {2, 4, 7, 11};
 
-int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
-
-int second_row_floats(int slots) { return 256 + 3 * (slots + 1); }
+int second_row_floats(int slots) { return slots == 3 ? SecondTile<3>::kRow : SecondTile<kMostAgents>::kRow; }
 int first_row_floats(int tiles) { return kGradStride + 16 * tiles + 8; }
 
 // One block for every multiprocessor, of which `blocks` share the same rows.
@@ -670,21 +675,12 @@ Cut cut_up(const MonotonicCudaShape& s, const Device& device) {
   return cut;
 }
 
-template <class... Args>
-const char* launch(void (*kernel)(Args...), dim3 grid, int shared_floats, void* stream, Args... args) {
-  const auto bytes = static_cast<int>(shared_floats * sizeof(float));
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess) {
-    kernel<<<grid, kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(args...);
-  }
-  return launched();
-}
-
-template <bool kFull>
-const char* second_layer(const Problem& p, const Cut& cut, void* stream) {
-  const int tiles = kSecondStages * cut.second_rows * second_row_floats(cut.slots);
-  const int sums = (cut.slots + 1) * (kMatrix + kEmbed) + kWarps * (kEmbed + 1);
-  const auto kernel = cut.slots == 3 ? second_layer_kernel<3, kFull> : second_layer_kernel<kMostAgents, kFull>;
-  return launch(kernel, dim3(cut.second_parts, cut.groups), tiles > sums ? tiles : sums, stream, p, cut);
+template <int kSlots, bool kFull>
+const char* second_layer(const Device& device, const Problem& p, const Cut& cut, void* stream) {
+  const int tiles = kSecondStages * cut.second_rows * SecondTile<kSlots>::kRow;
+  const int sums = (kSlots + 1) * (kMatrix + kEmbed) + kWarps * (kEmbed + 1);
+  return launch<second_layer_kernel<kSlots, kFull>>(device, dim3(cut.second_parts, cut.groups), kThreads,
+                                                    (tiles > sums ? tiles : sums) * sizeof(float), stream, p, cut);
 }
 
 // Floats of the states that one copy can take.
@@ -696,14 +692,23 @@ int copy_width(const StridedRows<float>& states, int64_t columns) {
   return fits(4) ? 4 : fits(2) ? 2 : 1;
 }
 
+template <int kTiles, bool kFull>
+const char* first_layer(const Device& device, const Problem& p, const Cut& cut, void* stream) {
+  const int shared = kFirstStages * cut.first_rows * first_row_floats(kTiles);
+  return launch<first_layer_kernel<kTiles, kFull>>(device, dim3(cut.blocks, cut.first_parts), kThreads,
+                                                   shared * sizeof(float), stream, p, cut,
+                                                   copy_width(p.states, p.state_dim));
+}
+
 template <bool kFull>
-const char* first_layer(const Problem& p, const Cut& cut, void* stream) {
-  const auto kernel = cut.tiles == 2   ? first_layer_kernel<2, kFull>
-                      : cut.tiles == 4 ? first_layer_kernel<4, kFull>
-                      : cut.tiles == 7 ? first_layer_kernel<7, kFull>
-                                       : first_layer_kernel<11, kFull>;
-  return launch(kernel, dim3(cut.blocks, cut.first_parts), kFirstStages * cut.first_rows * first_row_floats(cut.tiles),
-                stream, p, cut, copy_width(p.states, p.state_dim));
+const char* both_layers(const Device& device, const Problem& p, const Cut& cut, void* stream) {
+  const auto second = cut.slots == 3 ? second_layer<3, kFull> : second_layer<kMostAgents, kFull>;
+  if (const char* error = second(device, p, cut, stream)) return error;
+  const auto first = cut.tiles == 2   ? first_layer<2, kFull>
+                     : cut.tiles == 4 ? first_layer<4, kFull>
+                     : cut.tiles == 7 ? first_layer<7, kFull>
+                                      : first_layer<11, kFull>;
+  return first(device, p, cut, stream);
 }
 
 }  // namespace
@@ -714,8 +719,8 @@ const char* monotonic_backward_weights_cuda(const MonotonicBackwardWeightsCuda& 
   const Device& device = current_device();
   if (device.capability < 80) return "it needs a GPU of compute capability 8.0 or above";
   const Cut cut = cut_up(p, device);
-  if (const char* error = (p.full_precision ? second_layer<true> : second_layer<false>)(p, cut, stream)) return error;
-  if (const char* error = (p.full_precision ? first_layer<true> : first_layer<false>)(p, cut, stream)) return error;
+  const auto layers = p.full_precision ? both_layers<true> : both_layers<false>;
+  if (const char* error = layers(device, p, cut, stream)) return error;
   constexpr int kEntries = 4 * kWarp;
   const int64_t blocks = ceil_div(cut.second_size, kEntries) + ceil_div(cut.first_size, kEntries);
   add_parts_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, cut);

@@ -93,15 +93,15 @@ struct MonotonicCudaShape {
 };
 
 // The parameters as the kernels read them, made by one launch per step: offsets in floats. A unit is one agent's
-// weights or, before the first agent's, those of w2: a matrix [32, 64] in fragments (mma.cuh) and its bias in pairs,
-// each twice.
+// weights or, before the first agent's, those of w2: a matrix [32, 64] in fragments (mma.cuh), its bias in pairs, each
+// twice, and the matrix in other fragments, for the product that goes back to the hidden layers.
 struct MonotonicPacked {
   static constexpr int kFirstStep = 8 * kMonotonicColumns;  // of `first`: eight state features
-  static constexpr int kMatrix = kMonotonicEmbed * kMonotonicHidden, kUnit = kMatrix + 2 * kMonotonicEmbed;
+  static constexpr int kMatrix = kMonotonicEmbed * kMonotonicHidden, kForward = kMatrix + 2 * kMonotonicEmbed;
+  static constexpr int kUnit = kForward + kMatrix;
 
   int64_t first;       // [state_dim / 8, rounded up] steps
   int64_t units;       // [1 + A, kUnit]
-  int64_t transposed;  // [1 + A, kMatrix], for the product that goes back to the hidden layers
   int64_t first_bias;  // [192]
   int64_t v_weight;    // [32]
   int64_t v_bias;      // [1]
@@ -110,10 +110,9 @@ struct MonotonicPacked {
 
 constexpr MonotonicPacked monotonic_packed(int64_t agents, int64_t state_dim) {
   const int64_t units = (state_dim + 7) / 8 * MonotonicPacked::kFirstStep;
-  const int64_t transposed = units + (agents + 1) * MonotonicPacked::kUnit;
-  const int64_t first_bias = transposed + (agents + 1) * MonotonicPacked::kMatrix;
+  const int64_t first_bias = units + (agents + 1) * MonotonicPacked::kUnit;
   const int64_t v_weight = first_bias + kMonotonicColumns, v_bias = v_weight + kMonotonicEmbed;
-  return {0, units, transposed, first_bias, v_weight, v_bias, v_bias + 4};
+  return {0, units, first_bias, v_weight, v_bias, v_bias + 4};
 }
 
 struct MonotonicPackCuda : MonotonicCudaShape {  // rows do not matter
@@ -138,7 +137,7 @@ struct MonotonicBackwardRowsCuda : MonotonicCudaShape {
   float* grad_agent_qs;     // [rows, A]
   float* grad_activations;  // [rows, 192]: of the first layers' outputs before their ReLU
   // [rows, A + 1, 2]: the derivative of positivity at the generated weights, w2's behind the agents': bit e of the
-  // first word is set where it is 1, of the second where it is -1 (abs at 0 has neither).
+  // first word is set where it is 1, of the second where it is -1 (abs at 0 has neither). Null: not wanted.
   uint32_t* signs;
 };
 
@@ -148,7 +147,7 @@ struct MonotonicBackwardWeightsCuda : MonotonicCudaShape {
   const float* grad_q_tot;
   const float* activations;
   const float* grad_activations;
-  const uint32_t* signs;              // read with Positivity::abs
+  const uint32_t* signs;              // null but with Positivity::abs
   float* parts;                       // [monotonic_parts_cuda(shape)], to work with
   MonotonicWeights<float> gradients;  // all wanted
 };

@@ -67,4 +67,52 @@ FASTMIX_DECLARE(void recurrent_backward(const RecurrentBackward<double>& p, int 
 FASTMIX_DECLARE(void recurrent_pack(const RecurrentShape& s, const RecurrentWeights<const float>& w, float* packed))
 FASTMIX_DECLARE(void recurrent_pack(const RecurrentShape& s, const RecurrentWeights<const double>& w, double* packed))
 
+// ---- On CUDA: several networks of one hidden size over one input in the same launches, in float. ----
+
+constexpr int kRecurrentNetworks = 4;  // at most
+constexpr int kRecurrentOutputs = 64;  // at most, of an output layer that is not the caller's
+
+// What both passes share. `actions` and `outputs` of the shape are each network's own.
+struct RecurrentCuda : RecurrentShape {
+  const float* obs;
+  const int64_t* last_actions;  // null without; entries outside [-1, actions) count as -1
+  bool precise;                 // products to float's own precision; else to that of tf32
+  int networks;
+};
+
+struct RecurrentCudaForward : RecurrentCuda {
+  struct Network {
+    int64_t actions, outputs;
+    RecurrentWeights<const float> weights;   // layer norm is the caller's
+    const float* hidden;                     // [B, A, D]; null: zeros
+    float *q, *last_hidden, *hidden_states;  // as on the CPU; q null: the output layer is the caller's
+    void* saved;  // with P = 2 if precise, else 1: [T + 1, R, P, D] (with `save`) and [T, R, P, D] half precision
+                  // numbers, then [T, R] floats
+    bool save;  // for a backward pass
+  } network[kRecurrentNetworks];
+};
+
+struct RecurrentCudaBackward : RecurrentCuda {
+  struct Network {
+    int64_t actions, outputs;
+    RecurrentWeights<const float> weights;
+    const void* saved;
+    const float *grad_q, *grad_last_hidden, *grad_hidden_states;  // null: zero; the last two dense
+    int64_t grad_q_stride[4];                                     // episode, step, agent, output
+    RecurrentWeights<float> grad_weights;                         // fc2 null without grad_q
+    float* grad_hidden;                                           // [B, A, D]; null: not wanted
+    float* grad_x;  // [T, B, A, D], of the input layer's sums, for the gradient of obs; null: not wanted
+  } network[kRecurrentNetworks];
+  void* workspace;  // recurrent_cuda_workspace bytes
+};
+
+// Whether blocks of the current device have the shared memory that both passes need.
+bool recurrent_cuda_fits(int64_t hidden_size, int64_t obs_size, int64_t outputs, bool precise);
+
+int64_t recurrent_cuda_workspace(const RecurrentCudaBackward& p);
+
+// Queued on `stream`; null, or what a launch failed with.
+const char* recurrent_cuda_forward(const RecurrentCudaForward& p, void* stream);
+const char* recurrent_cuda_backward(const RecurrentCudaBackward& p, void* stream);
+
 }  // namespace fastmix

@@ -151,14 +151,6 @@ def queue_on(device: torch.device, function: Callable[..., Any], *args: Any) -> 
         return function(*args, torch._C._cuda_getCurrentRawStream(device.index))
 
 
-def matmul_precision() -> str:
-    """What `torch.set_float32_matmul_precision` was given; how kernels on CUDA multiply follows it."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # set through torch.backends.cuda.matmul.fp32_precision, which the older call cannot read
-        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
-
-
 def wants_grad(tensors: Sequence[Any]) -> bool:
     """Whether autograd must record an op on ``tensors`` (entries that are not tensors are ignored)."""
     if torch.is_grad_enabled():

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmix.ops import _library
+from fastmix.ops._precision import float32_precision
 
 INTERPRETED: Final = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether kernels run in Triton's interpreter, on CPU tensors; fixed when this module is imported, as in Triton."""
@@ -41,7 +41,7 @@ def dot_precision(dtype: torch.dtype) -> str:
     """
     if dtype != torch.float32:
         return "none"
-    return "tf32x3" if _library.matmul_precision() == "highest" else "tf32"
+    return "tf32x3" if float32_precision() == "highest" else "tf32"
 
 
 @cache

@@ -85,7 +85,7 @@ def core(op: str) -> ModuleType:
     """The bindings of ``op`` as in a core with CUDA, on emulated kernels. Of its CPU functions only names are there.
 
     ``descending(True)`` makes the threads of a block run in the opposite order, ``device(1)`` is a GPU with less shared
-    memory and more multiprocessors.
+    memory and more multiprocessors, ``device(2)`` one with as many as an H100.
     """
     pybind11 = pytest.importorskip("pybind11", reason="the emulated kernels are called through the bindings")
     folder = Path(tempfile.mkdtemp(prefix=f"fastmix-{op}-"))
@@ -105,7 +105,8 @@ PYBIND11_MODULE({name}, m) {{
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     flags = [*includes, "-DFASTMIX_CUDA", "-fvisibility=hidden"]
     kernels = sorted((ROOT / "csrc" / "cuda").glob(f"{op}*.cu"))
-    library = compile_library(folder, *kernels, sources=[module], flags=flags)
+    sources = [module, ROOT / "csrc" / "cpu" / "workspace.cpp"]
+    library = compile_library(folder, *kernels, sources=sources, flags=flags)
     spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None and spec.loader is not None
     with _lazy_binding():  # the CPU kernels that the bindings name are not there, and never called

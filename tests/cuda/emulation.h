@@ -100,11 +100,12 @@ enum cudaDeviceAttr {
 };
 namespace emulation {
 inline int device = 0;
-}
+}  // namespace emulation
 inline cudaError_t cudaGetDevice(int* device) { return *device = emulation::device, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  // One like an H100, one like an RTX 4090, but with so few multiprocessors that blocks get to do more than one tile.
-  constexpr int kValues[2][4] = {{2, 227 * 1024, 9, 0}, {3, 99 * 1024, 8, 9}};
+  // One like an H100, one like an RTX 4090, but with so few multiprocessors that blocks get to do more than one tile; and
+  // an H100 as it is.
+  constexpr int kValues[3][4] = {{2, 227 * 1024, 9, 0}, {3, 99 * 1024, 8, 9}, {132, 227 * 1024, 9, 0}};
   return *value = kValues[device][attribute], cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t = nullptr) {
@@ -482,12 +483,21 @@ inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
   }
 }
 
-// Copies happen as late as they may: when they are waited for.
+// Copies happen as late as they may, when they are waited for; until then their place holds nothing that means anything.
 inline void copy_async(void* to, const void* from, size_t bytes, bool inside) {
-  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0) {
+  const auto* place = static_cast<unsigned char*>(to);
+  if (place < shared_memory || place + bytes > shared_memory + dynamic_size + static_size) fail("copy out of bounds");
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || (inside && reinterpret_cast<uintptr_t>(from) % bytes != 0)) {
     fail("an asynchronous copy is not aligned");
   }
-  threads[current].copies.back().push_back({to, inside ? from : nullptr, bytes});
+  auto& copies = threads[current].copies;
+  for (const auto& group : copies) {
+    for (const Copy& other : group) {
+      if (other.to == to) fail("a copy to where another one is still under way");
+    }
+  }
+  std::memset(to, 0xff, bytes);
+  copies.back().push_back({to, inside ? from : nullptr, bytes});
 }
 inline void end_copies() { threads[current].copies.emplace_back(); }
 inline void copies_arrived(size_t pending) {
@@ -563,6 +573,15 @@ inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
   return static_cast<unsigned>(((static_cast<uint64_t>(high) << 32 | low) << (shift % 32)) >> 32);
 }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  unsigned result = 0;
+  for (unsigned i = 0; i < 4; ++i) {
+    const uint64_t both = static_cast<uint64_t>(y) << 32 | x;
+    result |= static_cast<unsigned>(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  }
+  return result;
+}
+inline unsigned __umulhi(unsigned x, unsigned y) { return static_cast<unsigned>(static_cast<uint64_t>(x) * y >> 32); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
@@ -573,5 +592,7 @@ inline float __int_as_float(int x) { return emulation::same_bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return emulation::same_bits<float>(x); }
 inline long long __double_as_longlong(double x) { return emulation::same_bits<long long>(x); }
 inline double __longlong_as_double(long long x) { return emulation::same_bits<double>(x); }
+
+#include "instructions.h"
 
 #pragma GCC visibility pop

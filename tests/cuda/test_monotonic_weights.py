@@ -69,7 +69,7 @@ def run(problem: Problem, precision: str) -> MonotonicParams:
     flat = torch.full((sum(shape.numel() for shape in gradients) + 1,), torch.nan)
     core.monotonic_backward_weights_cuda(
         layout(qs), layout(states), grad.data_ptr(), activations.data_ptr(), grad_activations.data_ptr(),
-        signs.data_ptr(), parts.data_ptr(), parts.numel(), flat.data_ptr(),
+        signs.data_ptr() if positivity == "abs" else 0, parts.data_ptr(), parts.numel(), flat.data_ptr(),
         sizes, POSITIVITIES.index(positivity), full, 0,
     )  # fmt: skip
     assert flat[-1].isnan()

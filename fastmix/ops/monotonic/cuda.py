@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmix.ops import _library
+from fastmix.ops._precision import float32_precision
 from fastmix.ops.monotonic.arguments import (
     INPUTS,
     POSITIVITY_CODES,
@@ -99,7 +100,8 @@ def _backward_forward(grad_q_tot: Tensor, agent_qs: Tensor, states: Tensor, *res
     sizes, states = sizes_of(agent_qs, states, params), with_dense_rows(states)
     device, queue_on, full = agent_qs.device, _library.queue_on, _full_precision()
     rows, agents = sizes[:2]
-    signs_size = (rows * (agents + 1) + 1) // 2 * 4  # two words each, in all a multiple of 16 bytes
+    wants_signs = wants_params and positivity == POSITIVITY_CODES["abs"]
+    signs_size = (rows * (agents + 1) + 1) // 2 * 4 if wants_signs else 0  # two words each; a multiple of 16 bytes
     parts_size = queue_on(device, _core.monotonic_parts_cuda, sizes, full) if wants_params else 0
     workspace = torch.empty(rows * _COLUMNS + signs_size + parts_size, dtype=torch.float32, device=device)
     grad_qs = torch.empty(agent_qs.shape, dtype=torch.float32, device=device)
@@ -108,7 +110,7 @@ def _backward_forward(grad_q_tot: Tensor, agent_qs: Tensor, states: Tensor, *res
 
     packed, grad_activations = kept.data_ptr(), workspace.data_ptr()
     activations = packed + 4 * _packed_size(agents, sizes[4])
-    signs = grad_activations + 4 * rows * _COLUMNS
+    signs = grad_activations + 4 * rows * _COLUMNS if wants_signs else 0
     queue_on(
         device, _core.monotonic_backward_rows_cuda,
         layout(agent_qs), packed, grad_q_tot.data_ptr(), activations, grad_qs.data_ptr(), grad_activations, signs,
@@ -155,7 +157,7 @@ def _parameters(sizes: Sizes) -> int:
 
 
 def _full_precision() -> bool:
-    return _library.matmul_precision() == "highest"
+    return float32_precision() == "highest"
 
 
 def _nothing(like: Tensor) -> Tensor:

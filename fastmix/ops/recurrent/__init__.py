@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastmix import backends
-from fastmix.ops import _checks
-from fastmix.ops.recurrent import arguments, cudnn, native, reference
+from fastmix.ops import _checks, _library
+from fastmix.ops.recurrent import arguments, cudnn, native, native_cuda, reference
 from fastmix.ops.recurrent.stepper import Stepper
 from fastmix.ops.recurrent.types import RecurrentOutput, RecurrentParams
 
@@ -62,8 +62,8 @@ def recurrent(
             networks = [RecurrentParams._make(map(_checks.upcast, network)) for network in networks]
             start = [_checks.upcast(state) for state in start]
             upcast = obs.float() if obs.dtype in (torch.float16, torch.bfloat16) else obs
-            return _dispatch(upcast, networks, start, last_actions, agent_ids, return_hidden_states, backend)
-    return _dispatch(obs, networks, start, last_actions, agent_ids, return_hidden_states, backend)
+            return _dispatch(upcast, networks, start, last_actions, agent_ids, return_hidden_states, backend, half=True)
+    return _dispatch(obs, networks, start, last_actions, agent_ids, return_hidden_states, backend, half=False)
 
 
 def _dispatch(
@@ -74,12 +74,29 @@ def _dispatch(
     agent_ids: bool,
     return_hidden_states: bool,
     backend: str | None,
+    half: bool,
 ) -> list[RecurrentOutput]:
     for index, (network, state) in enumerate(zip(networks, hidden, strict=True)):
         arguments.check_dtypes(obs, network, state, f"networks[{index}]", f"hidden[{index}]")
-    name = backends.resolve("recurrent", obs, backend)
-    run = {"native": native.recurrent, "cudnn": cudnn.recurrent, "reference": reference.recurrent}[name]
-    return [
-        run(obs, network, state, last_actions, agent_ids, return_hidden_states)
-        for network, state in zip(networks, hidden, strict=True)
+    on_cuda = _library.on_cuda(obs)
+    names = [
+        backends.resolve(
+            "recurrent", obs, backend, native_limit=native_cuda.limit(network, obs.shape[-1]) if on_cuda else None
+        )
+        for network in networks
     ]
+    settings = (last_actions, agent_ids, return_hidden_states)
+    results: dict[int, RecurrentOutput] = {}
+    if on_cuda:
+        together = [i for i, name in enumerate(names) if name == "native"]
+        outputs = native_cuda.recurrent(
+            obs, [networks[i] for i in together], [hidden[i] for i in together], *settings, half=half
+        )
+        results.update(zip(together, outputs, strict=True))
+    for i, name in enumerate(names):
+        if i not in results:
+            results[i] = _ONE_BY_ONE[name](obs, networks[i], hidden[i], *settings)
+    return [results[i] for i in range(len(networks))]
+
+
+_ONE_BY_ONE = {"native": native.recurrent, "cudnn": cudnn.recurrent, "reference": reference.recurrent}

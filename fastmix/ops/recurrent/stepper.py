@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastmix import backends
-from fastmix.ops import _checks
-from fastmix.ops.recurrent import arguments, cudnn, native, reference
-from fastmix.ops.recurrent.types import RecurrentParams
+from fastmix.ops import _checks, _library
+from fastmix.ops.recurrent import arguments, cudnn, native, native_cuda, reference
+from fastmix.ops.recurrent.types import RecurrentOutput, RecurrentParams
 
 _NO_STRIDES: tuple[int, ...] = (0, 0)
 _version, _data_ptr = attrgetter("_version"), Tensor.data_ptr
@@ -21,10 +21,10 @@ _version, _data_ptr = attrgetter("_version"), Tensor.data_ptr
 class Stepper:
     """One acting step of a recurrent utility network (see `fastmix.ops.recurrent` for its equations).
 
-    The core's packed copy of the weights is made at the first step and again after every change of a parameter that
-    PyTorch counts (optimiser steps, ``load_state_dict``, any in-place operation under ``no_grad``) or that moves it
-    (``param.data = ...``). In-place operations through ``param.data`` are invisible to PyTorch's counters: call
-    `refresh` after those.
+    On the CPU the core's packed copy of the weights is made at the first step and again after every change of a
+    parameter that PyTorch counts (optimiser steps, ``load_state_dict``, any in-place operation under ``no_grad``) or
+    that moves it (``param.data = ...``). In-place operations through ``param.data`` are invisible to PyTorch's
+    counters: call `refresh` after those. On CUDA nothing is packed.
 
     Args:
         params: the network; its tensors are held, and read again whenever they change.
@@ -45,7 +45,7 @@ class Stepper:
         self._params, self._obs_size, self._ids = params, obs_size, n_agents
         self._hidden_size, self._outputs = params.fc1_weight.shape[0], params.fc2_weight.shape[0]
         self._actions = arguments.action_width("params", params, obs_size, n_agents)
-        self._backend = backends.resolve("recurrent", params.fc1_weight)
+        self._sequence = _sequence_function(params, obs_size)
         self._core: Any = None
         self._seen: list[int] = []  # versions and addresses of the weights that are packed
         self._held: Sequence[Tensor] = ()
@@ -69,8 +69,11 @@ class Stepper:
             rows = obs.shape[:2]
             self._like = (obs.new_empty((*rows, self._outputs)), obs.new_empty((*rows, self._hidden_size)))
             self._key = key
-        if self._backend != "native":
-            return self._as_sequence(obs, hidden, last_actions)
+        if self._sequence is not None:
+            last = None if last_actions is None else last_actions.unsqueeze(1)
+            with torch.no_grad():
+                out = self._sequence(obs.unsqueeze(1), self._params, hidden, last, self._ids > 0, False)
+            return out.q.squeeze(1), out.hidden
         seen = [*map(_version, self._tensors), *map(_data_ptr, self._tensors)]
         if seen != self._seen:
             self._pack(seen)
@@ -109,14 +112,6 @@ class Stepper:
         self._held = [p.detach() for p in self._tensors]
         self._seen = seen
 
-    def _as_sequence(self, obs: Tensor, hidden: Tensor | None, last_actions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """By the backend's function for whole sequences, of one step."""
-        run = cudnn.recurrent if self._backend == "cudnn" else reference.recurrent
-        with torch.no_grad():
-            last = None if last_actions is None else last_actions.unsqueeze(1)
-            out = run(obs.unsqueeze(1), self._params, hidden, last, self._ids > 0, False)
-        return out.q.squeeze(1), out.hidden
-
     def _check(self, obs: Tensor, hidden: Tensor | None, last_actions: Tensor | None) -> None:
         _checks.check_tensor("obs", obs)
         _checks.check_shape("obs", obs, (None, self._ids or None, self._obs_size), "[B, A, O]")
@@ -127,6 +122,19 @@ class Stepper:
         last = None if last_actions is None else last_actions.unsqueeze(1)
         arguments.check_arguments(obs.unsqueeze(1), [self._params], [hidden], last, self._ids > 0)
         arguments.check_dtypes(obs, self._params, hidden, "params", "hidden")
+
+
+def _sequence_function(params: RecurrentParams, obs_size: int) -> Callable[..., RecurrentOutput] | None:
+    """What runs a step as a sequence of one; None where the core does, with packed weights, on the CPU.
+
+    On CUDA nothing is packed: weights are read where they lie, by two launches a step.
+    """
+    on_cuda = _library.on_cuda(params.fc1_weight)
+    limit = native_cuda.limit(params, obs_size) if on_cuda else None
+    name = backends.resolve("recurrent", params.fc1_weight, native_limit=limit)
+    if name == "native":
+        return native_cuda.recurrent_one if on_cuda else None
+    return cudnn.recurrent if name == "cudnn" else reference.recurrent
 
 
 def _signature(tensor: Tensor | None) -> tuple[Any, ...]:
