@@ -198,6 +198,31 @@ def test_presets_are_what_the_public_trainers_set() -> None:
     assert configure("iql", "pymarl2").batch_size == 32
 
 
+@pytest.mark.parametrize(
+    ("name", "preset", "settings"),
+    [
+        ("cw_qmix", "pymarl", {"w_high": 1.0, "w": 0.1, "loss_scale": 1.0, "central_mixing_embed_dim": 256}),
+        ("ow_qmix", "pymarl2", {"agent": "rnn", "mixer": "qmix", "loss_scale": 0.5, "targets": "td_lambda"}),
+        ("cw_qmix_5", "paper", {"w_high": 5.0, "w": 0.0, "optimizer": "adam", "batch_size": 128, "weighting": "cw"}),
+        ("powqmix", "paper", {"w_high": 5.0, "w": 0.0, "tolerance": 0.05, "agent": "n_rnn", "mixer": "nmix"}),
+        ("powqmix", "paper", {"optimizer": "adam", "batch_size": 128, "batch_size_run": 8, "td_lambda": 0.6}),
+        ("resq", "paper", {"optimizer": "rmsprop", "lr": 1e-3, "targets": "td_lambda", "batch_size": 32}),
+        ("resq", "paper", {"central_mixing_embed_dim": 128, "epsilon_anneal_time": 100_000, "td_lambda": 0.6}),
+        ("resq_vdn_mse", "paper", {"mixer": "vdn", "residual_negative_abs": False, "lr": 1e-3}),
+        ("qplex", "pymarl", {"num_kernel": 10, "adv_hypernet_layers": 3, "adv_hypernet_embed": 64}),
+        ("qplex", "pymarl2", {"num_kernel": 4, "adv_hypernet_layers": 2, "agent": "rnn", "loss_scale": 0.5}),
+        ("qplex", "paper", {"num_kernel": 4, "adv_hypernet_layers": 1}),
+        ("qtran", "pymarl2", {"lr": 5e-4, "optimizer": "adam", "targets": "one_step", "loss_scale": 1.0}),
+        ("qtran", "pymarl", {"mixing_embed_dim": 64, "opt_loss": 1.0, "nopt_min_loss": 0.1}),
+        ("qatten", "pymarl2", {"mixer": "qatten_pymarl2", "n_head": 4, "n_query_embedding_layer2": 32}),
+        ("qatten", "pymarl", {"mixer": "qatten_pymarl", "attend_reg_coef": 0.001}),
+    ],
+)
+def test_presets_of_each_algorithm(name: str, preset: str, settings: dict[str, Any]) -> None:
+    config = configure(name, preset)
+    assert {field: getattr(config, field) for field in settings} == settings
+
+
 @pytest.mark.parametrize("preset", ["pymarl", "pymarl2"])
 def test_a_qmix_step_needs_few_dispatches(preset: str) -> None:
     """The public way needs thousands (``tests/experiments/test_profile.py``)."""
