@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from types import SimpleNamespace
@@ -114,7 +115,10 @@ class Rule:
         inputs to float32 does to the reference's float64 gradients of this file; without a kink that is far below the
         tolerance.
         """
-        with fastmix.backend(setting.backend), poisoned_allocations():
+        # cuDNN multiplies in tf32 by default, whatever other products do.
+        cudnn = torch.backends.cudnn
+        exact = cudnn.flags(enabled=True, allow_tf32=False) if setting.device == "cuda" else nullcontext()
+        with fastmix.backend(setting.backend), poisoned_allocations(), exact:
             try:
                 self.check(golden, setting)
             except backends.UnavailableError as reason:

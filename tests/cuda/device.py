@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -40,7 +41,9 @@ def captured(function: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Resu
         function()  # kernels are loaded by their first launch
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph), warnings.catch_warnings():
+        # Leaves keep the stream they first got a gradient on, which is the other one here; graphs take in both.
+        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
         result = function()
     return graph, result
 

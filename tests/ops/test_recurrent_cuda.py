@@ -561,11 +561,11 @@ def test_gpu_cudnn_agrees(norm: bool) -> None:
 
 
 @gpu_test
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_gpu_cudnn_in_other_precisions(dtype: torch.dtype) -> None:
     p = problem(8, 9, 3, 30, 12, (40,)).to("cuda", dtype)
     out, expected = run(p, "cudnn"), run(p.to("cuda", torch.float64), "reference")
-    tolerance = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float64: 1e-10}[dtype]
+    tolerance = {torch.bfloat16: 4e-2, torch.float64: 1e-10}[dtype]
     for a, e in zip(flat(out), flat(expected), strict=True):
         assert_close(a, e, tolerance)
     assert all(g.isfinite().all() for g in grads(out, p))
