@@ -22,17 +22,20 @@ logger = logging.getLogger("fastmix")
 NAMES: Final = ("reference", "native", "triton", "cudnn")
 
 # op -> device -> backends, the preferred one first. "native" is the compiled core, "reference" is plain PyTorch and is
-# always possible. Source of the order: the op tables of `fastmix bench ops` (benchmarks/results/).
+# always possible. Source of the order: benchmarks/results, the CPU's as measured by `fastmix bench table`, a GPU's by
+# benchmarks/gpu.sh; `monotonic` through Triton without gradients is within a tenth of native there, at three times its host
+# time.
 TABLE: Final[dict[str, dict[str, tuple[str, ...]]]] = {
-    op: {"cpu": ("native", "reference"), "cuda": ("reference",) if op == "recurrent" else ("native", "reference")}
-    for op in ("select", "returns", "recurrent", "monotonic", "td_loss", "optimise")
+    **{
+        op: {"cpu": ("native", "reference"), "cuda": ("native", "reference")}
+        for op in ("select", "returns", "td_loss", "optimise")
+    },
+    # On the CPU Triton only interprets, for tests, and "cudnn" is PyTorch's own GRU; neither is ever chosen there.
+    "monotonic": {"cpu": ("native", "reference", "triton"), "cuda": ("native", "triton", "reference")},
+    "recurrent": {"cpu": ("native", "reference", "cudnn"), "cuda": ("native", "cudnn", "reference")},
+    # So far plain PyTorch everywhere.
+    **{op: {} for op in ("attention", "duplex", "importance", "recognise", "unrestricted")},
 }
-# So far plain PyTorch everywhere.
-TABLE.update({op: {} for op in ("attention", "duplex", "importance", "recognise", "unrestricted")})
-# On the CPU Triton only interprets, for tests; it is never chosen there.
-TABLE["monotonic"] = {"cpu": ("native", "reference", "triton"), "cuda": ("native", "triton", "reference")}
-# Nor is "cudnn", which on the CPU is PyTorch's own GRU.
-TABLE["recurrent"] = {"cpu": ("native", "reference", "cudnn"), "cuda": ("native", "cudnn", "reference")}
 
 NATIVE_DTYPES: Final = (torch.float32, torch.float64)
 TRITON_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
