@@ -69,6 +69,36 @@ def monotonic_backward(
     arg13: int,
     /,
 ) -> None: ...
+def monotonic_backward_rows_cuda(
+    arg0: Sequence[int],
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: Sequence[int],
+    arg8: int,
+    arg9: bool,
+    arg10: int,
+    /,
+) -> None: ...
+def monotonic_backward_weights_cuda(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: Sequence[int],
+    arg10: int,
+    arg11: bool,
+    arg12: int,
+    /,
+) -> None: ...
 def monotonic_forward(
     arg0: Sequence[int],
     arg1: Sequence[int],
@@ -83,6 +113,25 @@ def monotonic_forward(
     arg10: int,
     /,
 ) -> None: ...
+def monotonic_forward_cuda(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: Sequence[int],
+    arg6: int,
+    arg7: bool,
+    arg8: int,
+    /,
+) -> None: ...
+def monotonic_pack_cuda(arg0: Sequence[int], arg1: int, arg2: Sequence[int], arg3: bool, arg4: int, /) -> None: ...
+def monotonic_packed_cuda(arg0: int, arg1: int, /) -> int:
+    """Floats of packed parameters."""
+
+def monotonic_parts_cuda(arg0: Sequence[int], arg1: bool, arg2: int, /) -> int:
+    """Floats that monotonic_backward_weights_cuda works with on the current device."""
+
 def monotonic_saved(arg0: int, arg1: int, arg2: int, arg3: bool, /) -> tuple[int, int, int]:
     """Multiple to which saved rows are padded, columns of `activations`, bytes of `signs` in a row."""
 
