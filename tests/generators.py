@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmix.algorithms import PRESETS, REGISTRY
 from fastmix.ops._layers import Layers, Linear
 from fastmix.ops.attention import AttentionParams
 from fastmix.ops.duplex import DuplexParams, ImportanceParams, RecogniserParams
@@ -30,6 +31,7 @@ __all__ = [
     "monotonic_params",
     "non_contiguous",
     "odd_shapes",
+    "own_presets",
     "recogniser_params",
     "recurrent_params",
     "unrestricted_params",
@@ -39,6 +41,11 @@ ODD_AGENTS = (1, 2, 27)
 ODD_EMBEDS = (1, 31, 32, 33)
 """Around the width of a vector register and of a warp"""
 ODD_ROWS = (0, 1, 3, 257)
+
+
+def own_presets(algorithm: str) -> list[str]:
+    """The presets of an algorithm, without the paper's where that is PyMARL's."""
+    return [name for name in PRESETS if name != "paper" or name in REGISTRY[algorithm].preset_overrides]
 
 
 def odd_shapes() -> list[tuple[Shape, int]]:

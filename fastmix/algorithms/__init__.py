@@ -13,15 +13,46 @@ import torch
 from fastmix.algorithms.base import Algorithm
 from fastmix.algorithms.batch import EpisodeBatch, Scheme
 from fastmix.algorithms.config import PRESETS, AlgorithmConfig
+from fastmix.algorithms.cw_qmix import CWQMIX
+from fastmix.algorithms.cw_qmix_5 import CWQMIX5
 from fastmix.algorithms.iql import IQL
+from fastmix.algorithms.ow_qmix import OWQMIX
+from fastmix.algorithms.ow_qmix_5 import OWQMIX5
+from fastmix.algorithms.powqmix import POWQMIX
+from fastmix.algorithms.powqmix_opt import POWQMIXOpt
+from fastmix.algorithms.qatten import Qatten
 from fastmix.algorithms.qmix import QMIX
 from fastmix.algorithms.qmix_5 import QMIX5
+from fastmix.algorithms.qplex import QPLEX
+from fastmix.algorithms.qtran import QTRAN
+from fastmix.algorithms.resq import ResQ
+from fastmix.algorithms.resq_mse import ResQMSE
+from fastmix.algorithms.resq_vdn import ResQVDN
+from fastmix.algorithms.resq_vdn_mse import ResQVDNMSE
 from fastmix.algorithms.vdn import VDN
 from fastmix.ops._checks import check_choice
 
 __all__ = ["PRESETS", "REGISTRY", "Algorithm", "AlgorithmConfig", "EpisodeBatch", "Scheme", "configure", "make"]
 
-REGISTRY: Final[dict[str, type[Algorithm]]] = {"iql": IQL, "vdn": VDN, "qmix": QMIX, "qmix_5": QMIX5}
+REGISTRY: Final[dict[str, type[Algorithm]]] = {
+    "iql": IQL,
+    "vdn": VDN,
+    "qmix": QMIX,
+    "qmix_5": QMIX5,
+    "qatten": Qatten,
+    "qtran": QTRAN,
+    "qplex": QPLEX,
+    "cw_qmix": CWQMIX,
+    "ow_qmix": OWQMIX,
+    "cw_qmix_5": CWQMIX5,
+    "ow_qmix_5": OWQMIX5,
+    "resq": ResQ,
+    "resq_mse": ResQMSE,
+    "resq_vdn": ResQVDN,
+    "resq_vdn_mse": ResQVDNMSE,
+    "powqmix": POWQMIX,
+    "powqmix_opt": POWQMIXOpt,
+}
 
 
 def configure(name: str, preset: str = "pymarl2", **overrides: Any) -> AlgorithmConfig:
@@ -33,7 +64,7 @@ def configure(name: str, preset: str = "pymarl2", **overrides: Any) -> Algorithm
         overrides: fields of `AlgorithmConfig` to set on top.
 
     Raises:
-        ValueError: an unknown name, preset or field, or a value that cannot be.
+        ValueError: an unknown name, preset or field, or a value that cannot be, or not with this algorithm.
     """
     check_choice("algorithm", name, tuple(REGISTRY))
     check_choice("preset", preset, tuple(PRESETS))
@@ -43,7 +74,9 @@ def configure(name: str, preset: str = "pymarl2", **overrides: Any) -> Algorithm
         raise ValueError(f"unknown hyper-parameter {unknown[0]!r}; there are: {', '.join(sorted(known))}")
     algorithm = REGISTRY[name]
     settings = PRESETS[preset] | algorithm.defaults | algorithm.preset_overrides.get(preset, {}) | overrides
-    return AlgorithmConfig(**settings)
+    config = AlgorithmConfig(**settings)
+    algorithm.check(config)
+    return config
 
 
 def make(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import abc
 import copy
-from typing import Any, ClassVar
+import dataclasses
+from types import SimpleNamespace
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +16,20 @@ from fastmix._parts import part
 from fastmix.algorithms.batch import EpisodeBatch, Scheme
 from fastmix.algorithms.config import AlgorithmConfig
 from fastmix.algorithms.optimiser import Optimiser
-from fastmix.ops import recurrent, select
+from fastmix.algorithms.standardise import RunningMoments
+from fastmix.ops import recurrent, returns, select
+from fastmix.ops._checks import check_choice
 from fastmix.ops.recurrent import RecurrentOutput, Stepper
+
+GREEDY_KINDS: Final = ("one_step", "n_step", "td_lambda")
+"""Kinds of targets that bootstrap from values of greedy actions only"""
 
 
 class Algorithm(abc.ABC):
     """A learner of agents' utilities from whole episodes.
 
-    A subclass names its networks in `_build` and computes its loss in `losses`; nothing else.
+    A subclass names its networks in `_build` and computes its loss in `losses`, and says in `joint_values` what it has
+    learnt of joint actions.
 
     Args:
         scheme: sizes of the environment.
@@ -34,6 +42,8 @@ class Algorithm(abc.ABC):
     """What this algorithm sets over every preset."""
     preset_overrides: ClassVar[dict[str, dict[str, Any]]] = {}
     """Preset name -> what this algorithm sets over that preset."""
+    mixer_kinds: ClassVar[tuple[str, ...]] = ()
+    """Kinds of `fastmix.mixers.REGISTRY` that may mix its utilities."""
 
     def __init__(
         self, scheme: Scheme, config: AlgorithmConfig, *, device: torch.device | str = "cpu", seed: int = 0
@@ -44,30 +54,42 @@ class Algorithm(abc.ABC):
             online = self._build()
         self.networks: dict[str, nn.Module] = {name: network.to(self.device) for name, network in online.items()}
         self.online = tuple(online)
-        for name in online:
+        self.targeted = tuple(name for name in online if self._has_target(name))
+        for name in self.targeted:
             self.networks[f"target_{name}"] = copy.deepcopy(self.networks[name]).requires_grad_(False)
+        self.reward_moments = RunningMoments(self.device) if config.standardise_rewards else None
         self.optimiser = self._make_optimiser()
         self.updates = 0
         self._stepper: Stepper | None = None  # the acting agent's packed weights
 
     @abc.abstractmethod
     def _build(self) -> dict[str, nn.Module]:
-        """The online networks, in the order of the optimiser's parameters; each gets a target copy."""
+        """The online networks, in the order of the optimiser's parameters."""
+
+    def _has_target(self, name: str) -> bool:
+        """Whether the online network ``name`` gets a target copy: only those that the loss reads are there."""
+        return True
+
+    @classmethod
+    def check(cls, config: AlgorithmConfig) -> None:
+        """Raise ValueError naming a hyper-parameter that this algorithm cannot have; `configure` calls it."""
+        check_choice("mixer", config.mixer, cls.mixer_kinds)
 
     @abc.abstractmethod
     def losses(self, batch: EpisodeBatch) -> dict[str, Tensor]:
         """The loss (``"loss"``, 0-dim, with gradient) and the tensors it was made of.
 
         Always there: ``td_error``, ``targets`` and ``q_tot``, each ``[B, T, K]``; ``K`` is 1, or ``A`` without a mixer.
+        Other 0-dim tensors are the terms of the loss.
         """
 
     def step(self, batch: EpisodeBatch, *, detailed: bool = False) -> dict[str, Tensor]:
         """One training step on ``batch``: loss, gradients, joint clip, optimiser. Nothing waits for the device.
 
         Returns:
-            0-dim tensors ``loss`` and ``grad_norm`` (before the clip), the masked ``td_error [B, T, K]`` and the
-            ``mask [B, T, 1]``; with ``detailed`` also means over live transitions: ``td_error_abs``, ``q_tot_mean``,
-            ``target_mean``.
+            0-dim tensors ``loss``, each of the terms it is the sum of, and ``grad_norm`` (before the clip); the masked
+            ``td_error [B, T, K]`` and the ``mask [B, T, 1]``; with ``detailed`` also means over live transitions:
+            ``td_error_abs``, ``q_tot_mean``, ``target_mean``.
         """
         return self.finish(self.learn(batch), detailed=detailed)
 
@@ -80,7 +102,8 @@ class Algorithm(abc.ABC):
         self.optimiser.zero_grad()
         terms = self.losses(batch)
         terms["loss"].backward()
-        kept = {name: terms[name].detach() for name in ("loss", "td_error", "q_tot", "targets")}
+        kept = {name: terms[name].detach() for name in ("td_error", "q_tot", "targets")}
+        kept |= {name: term.detach() for name, term in terms.items() if term.dim() == 0}
         with part("optimiser"):
             grad_norm = self.optimiser.step()
         return kept | {"grad_norm": grad_norm, "mask": batch.mask}
@@ -92,7 +115,7 @@ class Algorithm(abc.ABC):
         replay nor has to be captured a second time with them.
         """
         self.updates += 1
-        result = {name: terms[name] for name in ("loss", "grad_norm", "td_error", "mask")}
+        result = {name: term for name, term in terms.items() if term.dim() == 0 or name in ("td_error", "mask")}
         if detailed:
             live = terms["mask"] != 0
             count = live.expand_as(terms["td_error"]).sum()
@@ -103,8 +126,8 @@ class Algorithm(abc.ABC):
 
     @torch.no_grad()
     def update_targets(self) -> None:
-        """Copy every online network into its target."""
-        for name in self.online:
+        """Copy every online network that has a target into it."""
+        for name in self.targeted:
             source: list[Tensor] = [*self.networks[name].parameters()]
             if source:
                 torch._foreach_copy_([*self.networks[f"target_{name}"].parameters()], source)
@@ -161,17 +184,25 @@ class Algorithm(abc.ABC):
             last_actions = torch.full(obs.shape[:3], -1, dtype=torch.int64, device=obs.device)
         return self._unroll(obs, last_actions, "agent")[0].q
 
-    @torch.inference_mode()
-    def mix(self, agent_qs: Tensor, states: Tensor) -> Tensor:
-        """Joint value ``[..., 1]`` of values ``[..., A]`` in ``states [..., S]``; the sum without a mixer."""
-        mixer = self.networks.get("mixer")
-        joint: Tensor = agent_qs.sum(-1, keepdim=True) if mixer is None else mixer(agent_qs, states)
-        return joint
+    @abc.abstractmethod
+    def joint_values(
+        self, obs: Tensor, last_actions: Tensor, avail_actions: Tensor, states: Tensor, actions: Tensor
+    ) -> dict[str, Tensor]:
+        """What is learnt of joint actions, by the names that papers give it: each ``[N, T, 1]``.
+
+        The first is what the greedy joint action is meant to be the best of.
+
+        Args:
+            obs, last_actions, avail_actions, states: as in an `EpisodeBatch` of ``N`` episodes and ``T`` stored steps.
+            actions: ``[N, T, A]`` int64, the joint actions.
+        """
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that decides the next step: networks, targets, optimiser, counters; flat, by name."""
         state = {f"{name}.{k}": v for name, network in self.networks.items() for k, v in network.state_dict().items()}
         state |= {f"optimiser.{k}": v for k, v in self.optimiser.state_dict().items()}
+        if self.reward_moments is not None:
+            state["reward_moments"] = self.reward_moments.values
         return state | {"updates": torch.tensor(self.updates)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -183,6 +214,8 @@ class Algorithm(abc.ABC):
         for name, network in self.networks.items():
             network.load_state_dict(_under(f"{name}.", state))
         self.optimiser.load_state_dict(_under("optimiser.", state))
+        if self.reward_moments is not None:
+            self.reward_moments.values.copy_(state["reward_moments"])
         self.updates = int(state["updates"])
 
     def double(self) -> Algorithm:
@@ -215,28 +248,56 @@ class Algorithm(abc.ABC):
             options |= {"use_orthogonal": c.use_orthogonal, "gain": c.gain}
         return agents.REGISTRY[c.agent](inputs, s.n_actions, c.rnn_hidden_dim, **options)
 
-    def _make_mixer(self) -> mixers.Mixer:
+    def _make_mixer(self, kind: str) -> mixers.Mixer:
+        """A mixer of a kind of `fastmix.mixers.REGISTRY`; hyper-parameters have the names of PyMARL's namespaces."""
         c, s = self.config, self.scheme
-        if c.mixer == "vdn":
-            return mixers.VDNMixer()
         options: dict[str, Any] = {"mixing_embed_dim": c.mixing_embed_dim, "hypernet_embed": c.hypernet_embed}
-        if c.mixer != "nmix":
-            options["hypernet_layers"] = c.hypernet_layers
-        if c.mixer != "qmix_noabs":
+        if kind in ("qmix", "nmix"):
             options |= {"positivity": c.qmix_pos_func, "beta": c.qmix_pos_func_beta}
-        return mixers.REGISTRY[c.mixer](s.n_agents, s.state_dim, use_orthogonal=c.use_orthogonal, **options)
+        if kind in ("qmix", "qmix_noabs"):
+            options["hypernet_layers"] = c.hypernet_layers
+        if kind in ("qmix", "qmix_noabs", "nmix"):
+            return mixers.REGISTRY[kind](s.n_agents, s.state_dim, use_orthogonal=c.use_orthogonal, **options)
+        own = c.unit_dim or s.state_dim // s.n_agents
+        sizes = {"n_agents": s.n_agents, "n_actions": s.n_actions, "state_shape": s.state_dim, "unit_dim": own}
+        pymarl2 = {  # which has names of its own for these
+            "agent_own_state_size": own, "n_attention_head": c.n_head, "n_head_embedding_layer2": c.n_head,
+            "n_key_embedding_layer1": c.n_query_embedding_layer2, "type": "weighted" if c.weighted_head else "",
+        }  # fmt: skip
+        return mixers.REGISTRY[kind].from_args(SimpleNamespace(**(dataclasses.asdict(c) | sizes | pymarl2)))
+
+    def _returns(
+        self, batch: EpisodeBatch, bootstraps: Tensor, behaviour: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rewards ``[B, T, 1]`` as used and the targets ``[B, T, K]`` they make with values ``[B, T + 1, K]``."""
+        c = self.config
+        rewards = batch.rewards if self.reward_moments is None else self.reward_moments(batch.rewards, batch.mask)
+        targets = returns(
+            rewards, batch.terminated, batch.mask, bootstraps, behaviour_qs=behaviour,
+            gamma=c.gamma, kind=c.targets, td_lambda=c.td_lambda, n_step=c.n_step,
+        )  # fmt: skip
+        return rewards, targets
 
     def _unroll(
-        self, obs: Tensor, last_actions: Tensor, *names: str, hidden: Tensor | None = None
+        self,
+        obs: Tensor,
+        last_actions: Tensor,
+        *names: str,
+        hidden: Tensor | None = None,
+        return_hidden_states: bool = False,
     ) -> list[RecurrentOutput]:
         """The agent networks ``names`` over whole sequences; all recurrent ones in one call."""
         networks = [self.networks[name] for name in names]
         actions, ids = last_actions if self.config.obs_last_action else None, self.config.obs_agent_id
-        parameters = [n.params() for n in networks if isinstance(n, agents.RNNAgent) and n.is_recurrent]
-        if len(parameters) == len(networks):
-            start = None if hidden is None else [hidden] * len(networks)
-            return recurrent(obs, parameters, start, last_actions=actions, agent_ids=ids)
-        return [n.unroll(obs, hidden, actions, ids) for n in networks if isinstance(n, agents.Agent)]
+        gated = [n for n in networks if isinstance(n, agents.RNNAgent) and n.is_recurrent]
+        if len(gated) < len(networks):
+            others = [n for n in networks if isinstance(n, agents.Agent)]
+            return [n.unroll(obs, hidden, actions, ids, return_hidden_states) for n in others]
+        outputs = recurrent(
+            obs, [n.params() for n in gated], None if hidden is None else [hidden] * len(gated),
+            last_actions=actions, agent_ids=ids, return_hidden_states=return_hidden_states,
+        )  # fmt: skip
+        return [n.finish(output) for n, output in zip(gated, outputs, strict=True)]
 
     def _utilities(self, obs: Tensor, last_actions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """One acting step: ``[n, A, U]`` and the new hidden state."""

@@ -29,7 +29,7 @@ class AlgorithmConfig:
     obs_last_action: bool = option(True, "agents see their own last action")
     obs_agent_id: bool = option(True, "agents see their own index")
 
-    mixer: str = option("qmix", "mixing network: none, vdn, qmix, qmix_noabs or nmix (pymarl2's names)")
+    mixer: str = option("qmix", "mixing network: none or a kind of fastmix.mixers, of those that the algorithm takes")
     mixing_embed_dim: int = option(32, "width of the mixing network")
     hypernet_layers: int = option(2, "layers of the hypernetworks, 1 or 2")
     hypernet_embed: int = option(64, "hidden width of two-layer hypernetworks")
@@ -42,10 +42,68 @@ class AlgorithmConfig:
     td_lambda: float = option(0.6, "trace decay of td_lambda and q_lambda")
     n_step: int = option(1, "window of n_step")
     loss_scale: float = option(1.0, "factor of the squared error (pymarl2: 0.5)")
-    td_weight: float = option(1.0, "weight of every transition (5 for the fine-tuned variants named *_5)")
-    weighting: str = option("none", "weights of transitions without a central critic: none, cw, ow")
-    w: float = option(0.5, "weight of the transitions that `weighting` makes less of")
+    weighting: str = option(
+        "none",
+        "which transitions keep the weight w_high, the others get w: none (all), cw (greedy joint action, or a target "
+        "above its value), ow (underestimated), igm (greedy joint action), pow (recognised as potentially optimal)",
+    )
+    w_high: float = option(1.0, "weight of the transitions that `weighting` favours; of all without one")
+    w: float = option(0.5, "weight of the other transitions")
     standardise_rewards: bool = option(False, "standardise rewards by their running mean and deviation")
+    compat: str = option(
+        "paper", "where a paper and its released code disagree: paper, or released (see the algorithm's page)"
+    )
+
+    # Qatten, and QPLEX with its attention
+    unit_dim: int = option(0, "features at the front of the state that are each agent's own (0: as many as there are)")
+    n_head: int = option(4, "heads of attention")
+    weighted_head: bool = option(True, "state-dependent weights: of attention's heads, of QPLEX's utilities")
+    n_query_embedding_layer1: int = option(64, "hidden width of queries (pymarl2's Qatten)")
+    n_query_embedding_layer2: int = option(32, "width of queries and keys (pymarl2's Qatten)")
+    n_head_embedding_layer1: int = option(64, "hidden width of the heads' weights (pymarl2's Qatten)")
+    n_constrant_value: int = option(32, "hidden width of the state's value (pymarl2's Qatten and spelling)")
+    attend_reg_coef: float = option(0.001, "coefficient of the mean squared logit in the loss (PyMARL's Qatten)")
+    nonlinear: bool = option(False, "keys also see the utilities (PyMARL's Qatten)")
+    state_bias: bool = option(True, "add a state's value (PyMARL's Qatten)")
+    mask_dead: bool = option(False, "do not attend to agents whose action is 0 (PyMARL's Qatten)")
+
+    # QPLEX
+    num_kernel: int = option(4, "kernels of QPLEX's importance weights")
+    adv_hypernet_layers: int = option(2, "layers of QPLEX's importance networks: 1, 2 or 3")
+    adv_hypernet_embed: int = option(64, "hidden width of QPLEX's importance networks")
+    is_minus_one: bool = option(True, "QPLEX weighs advantages by their importance less one")
+
+    # QTRAN
+    qtran_arch: str = option("qtran_paper", "input of QTRAN's joint value: qtran_paper (hidden states) or coma_critic")
+    network_size: str = option("small", "two (small) or three (big) hidden layers in QTRAN's joint networks")
+    opt_loss: float = option(1.0, "coefficient of QTRAN's loss at the greedy joint action")
+    nopt_min_loss: float = option(0.1, "coefficient of QTRAN's loss at the joint action taken")
+
+    # central critic: CW/OW-QMIX, POWQMIX, ResQ
+    central_mixer: str = option("central_ff", "mixer of the central critic: central_ff, central_atten, qmix_noabs, vdn")
+    central_mixing_embed_dim: int = option(256, "width of unrestricted mixers")
+    central_action_embed: int = option(1, "values that the central agent has for each action")
+    central_loss: float = option(1.0, "coefficient of the central critic's loss")
+
+    # POWQMIX's recogniser
+    recogniser_weights: str = option(
+        "two_layer", "network of the advantages' weights: two_layer, or QPLEX's: importance"
+    )
+    recogniser_embed_dim: int = option(32, "width of the recogniser")
+    recogniser_hypernet_embed: int = option(64, "hidden width of the recogniser's hypernetworks")
+    recogniser_loss: float = option(1.0, "coefficient of the recogniser's loss")
+    recogniser_target: bool = option(False, "recognise by a target copy of the recogniser")
+    tolerance: float = option(0.05, "how far below the greedy joint value (in rewards) counts as potentially optimal")
+
+    # ResQ
+    residual_mixer: str = option("central_ff", "mixer of the residual: central_ff, vdn, qmix, qatten_pymarl2")
+    residual_negative_abs: bool = option(True, "keep the residual below 0 by -|.|; False: by a loss (ResQ-MSE)")
+    noopt_loss: float = option(1.0, "coefficient of ResQ-MSE's loss of residuals above 0")
+    condition: str = option(
+        "max_action",
+        "where the residual is masked: max_action (greedy joint action), max_larger (or a target above its value), "
+        "hysteretic (overestimated), none",
+    )
 
     optimizer: str = option("rmsprop", "rmsprop or adam")
     lr: float = option(5e-4, "learning rate")
@@ -67,22 +125,25 @@ class AlgorithmConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError naming the first field that cannot be."""
-        check_choice("agent", self.agent, ("rnn", "n_rnn", "ff"))
-        check_choice("mixer", self.mixer, ("none", "vdn", "qmix", "qmix_noabs", "nmix"))
-        check_choice("hypernet_layers", self.hypernet_layers, (1, 2))
-        check_choice("qmix_pos_func", self.qmix_pos_func, POSITIVITIES)
-        check_choice("targets", self.targets, KINDS)
-        check_choice("weighting", self.weighting, ("none", "cw", "ow"))
-        check_choice("optimizer", self.optimizer, ("rmsprop", "adam"))
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
         for name in ("gamma", "td_lambda", "epsilon_start", "epsilon_finish", "optim_alpha"):
             check_range(name, getattr(self, name), 0.0, 1.0)
         for name in (
             "rnn_hidden_dim", "mixing_embed_dim", "hypernet_embed", "n_step", "target_update_interval",
-            "batch_size", "buffer_size", "batch_size_run", "epsilon_anneal_time",
+            "batch_size", "buffer_size", "batch_size_run", "epsilon_anneal_time", "n_head", "num_kernel",
+            "n_query_embedding_layer1", "n_query_embedding_layer2", "n_head_embedding_layer1", "n_constrant_value",
+            "adv_hypernet_embed", "central_mixing_embed_dim", "central_action_embed", "recogniser_embed_dim",
+            "recogniser_hypernet_embed",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "optim_eps", "grad_norm_clip", "loss_scale"):
+        for name in (
+            "unit_dim", "w", "w_high", "attend_reg_coef", "opt_loss", "nopt_min_loss", "noopt_loss", "tolerance"
+        ):  # fmt: skip
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("lr", "optim_eps", "grad_norm_clip", "loss_scale", "central_loss", "recogniser_loss"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.weighting != "none" and self.mixer == "none":
@@ -90,6 +151,27 @@ class AlgorithmConfig:
         if self.buffer_size < self.batch_size:
             raise ValueError(f"buffer_size must be at least batch_size ({self.batch_size}), got {self.buffer_size}")
 
+
+_CHOICES: Final[dict[str, tuple[Any, ...]]] = {
+    "agent": ("rnn", "n_rnn", "ff"),
+    "mixer": (
+        "none", "vdn", "qmix", "qmix_noabs", "nmix", "qatten_pymarl2", "qatten_pymarl", "qtran_base", "qplex_dmaq",
+        "qplex_dmaq_qatten",
+    ),
+    "hypernet_layers": (1, 2),
+    "qmix_pos_func": POSITIVITIES,
+    "targets": KINDS,
+    "weighting": ("none", "cw", "ow", "igm", "pow"),
+    "compat": ("paper", "released"),
+    "optimizer": ("rmsprop", "adam"),
+    "adv_hypernet_layers": (1, 2, 3),
+    "qtran_arch": ("qtran_paper", "coma_critic"),
+    "network_size": ("small", "big"),
+    "central_mixer": ("central_ff", "central_atten", "qmix_noabs", "vdn"),
+    "recogniser_weights": ("two_layer", "importance"),
+    "residual_mixer": ("central_ff", "vdn", "qmix", "qatten_pymarl2"),
+    "condition": ("max_action", "max_larger", "hysteretic", "none"),
+}  # fmt: skip
 
 # What each family of public trainers sets, over the defaults above (which are PyMARL's).
 _PYMARL: Final[dict[str, Any]] = {}
@@ -111,5 +193,10 @@ _EPYMARL: Final[dict[str, Any]] = {
     "obs_last_action": False,
     "standardise_rewards": True,
 }
-PRESETS: Final[dict[str, dict[str, Any]]] = {"pymarl": _PYMARL, "pymarl2": _PYMARL2, "epymarl": _EPYMARL}
-"""Preset name -> settings that all algorithms share; what differs between algorithms stands in their own files."""
+PRESETS: Final[dict[str, dict[str, Any]]] = {
+    "pymarl": _PYMARL, "pymarl2": _PYMARL2, "epymarl": _EPYMARL, "paper": _PYMARL,
+}  # fmt: skip
+"""Preset name -> settings that all algorithms share; what differs between algorithms stands in their own files.
+
+``paper`` is what an algorithm's own paper trained with: PyMARL's settings, except where its file says otherwise.
+"""

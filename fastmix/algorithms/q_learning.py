@@ -1,30 +1,43 @@
-"""Q-learning on a joint value: the step that IQL, VDN, QMIX and fine-tuned QMIX share."""
+"""Q-learning on a joint value: the step that IQL, VDN, QMIX, Qatten and QPLEX share."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastmix._parts import part
+from fastmix.algorithms import weighting
 from fastmix.algorithms.base import Algorithm
 from fastmix.algorithms.batch import EpisodeBatch
-from fastmix.algorithms.standardise import RunningMoments
-from fastmix.ops import returns, select, td_loss
+from fastmix.algorithms.config import AlgorithmConfig
+from fastmix.mixers import ActionMixer, JointValue
+from fastmix.ops import select, td_loss
+from fastmix.ops._checks import check_choice
+from fastmix.ops.select import Selection
 
 
 class QLearning(Algorithm):
     """Unroll the agents, mix their values, learn towards a bootstrapped target.
 
-    ``Q_tot = mix(Q_i(a_i), s)`` and ``y`` from ``mix^-(Q_i^-(argmax Q_i), s)``; the loss is the mean over
-    live transitions of ``loss_scale * td_weight * w * (Q_tot - y)^2``. Targets and weights carry no gradient.
+    ``Q_tot = mix(Q_i(a_i), s)`` and ``y`` from ``mix^-(Q_i^-(argmax Q_i), s)``; the loss is the mean over live
+    transitions of ``loss_scale * w * (Q_tot - y)^2``. Targets and weights carry no gradient.
     """
+
+    mixer_kinds: ClassVar[tuple[str, ...]] = ("none", "vdn", "qmix", "qmix_noabs", "nmix")
 
     def _build(self) -> dict[str, nn.Module]:
         networks: dict[str, nn.Module] = {"agent": self._make_agent()}
         if self.config.mixer != "none":
-            networks["mixer"] = self._make_mixer()
-        self.reward_moments = RunningMoments(self.device) if self.config.standardise_rewards else None
+            networks["mixer"] = self._make_mixer(self.config.mixer)
         return networks
+
+    @classmethod
+    def check(cls, config: AlgorithmConfig) -> None:
+        """See `Algorithm.check`."""
+        super().check(config)
+        check_choice("weighting", config.weighting, ("none", "cw", "ow", "igm"))
 
     def losses(self, batch: EpisodeBatch) -> dict[str, Tensor]:
         """See `Algorithm.losses`.
@@ -37,60 +50,74 @@ class QLearning(Algorithm):
             online, target = self._unroll(batch.obs, batch.last_actions, "agent", "target_agent")
         with part("select"):
             chosen = select(online.q, batch.avail_actions, actions=batch.actions, target_qs=target.q)
-            assert chosen.chosen_qs is not None and chosen.target_qs is not None and chosen.all_greedy is not None
-            chosen_qs = chosen.chosen_qs[:, :-1]
-        q_tot = self._joint("mixer", chosen_qs, batch.states[:, :-1])
+            assert chosen.chosen_qs is not None and chosen.all_greedy is not None
+            taken, best = chosen.chosen_qs[:, :-1], chosen.greedy_qs.detach()[:, :-1]
+        value = self._joint("mixer", taken, batch.states[:, :-1], batch.actions[:, :-1], best)
+        q_tot = value.q_tot
 
         with torch.no_grad(), part("targets"):
-            bootstrap = chosen.target_qs if c.double_q else select(target.q, batch.avail_actions).greedy_qs
-            target_q_tot = self._joint("target_mixer", bootstrap, batch.states)
-            behaviour = None
-            if c.targets == "q_lambda":
-                taken = select(target.q, batch.avail_actions, actions=batch.actions).chosen_qs
-                assert taken is not None
-                behaviour = self._joint("target_mixer", taken, batch.states)
-            rewards = batch.rewards if self.reward_moments is None else self.reward_moments(batch.rewards, batch.mask)
-            targets = returns(
-                rewards, batch.terminated, batch.mask, target_q_tot, behaviour_qs=behaviour,
-                gamma=c.gamma, kind=c.targets, td_lambda=c.td_lambda, n_step=c.n_step,
-            )  # fmt: skip
-            weights = self._weights(batch, q_tot, targets, target_q_tot, chosen.all_greedy)
+            target_q_tot = self._bootstrap(batch, target.q, chosen)
+            behaviour = self._behaviour(batch, target.q) if c.targets == "q_lambda" else None
+            rewards, targets = self._returns(batch, target_q_tot, behaviour)
+            weights, scale = batch.weights, c.loss_scale
+            if c.weighting == "none":
+                scale *= c.w_high
+            else:
+                all_greedy = chosen.all_greedy[:, :-1].unsqueeze(-1)
+                weights = weighting.weights(c, q_tot, targets, target_q_tot[:, :-1], all_greedy)
+                weights = weighting.times(weights, batch.weights)
 
         with part("loss"):
-            loss = td_loss(q_tot, targets, batch.mask, weights=weights, scale=c.loss_scale * c.td_weight)
+            td = td_loss(q_tot, targets, batch.mask, weights=weights, scale=scale)
         terms = {
-            "loss": loss.loss, "td_error": loss.td_error, "q_tot": q_tot, "targets": targets, "rewards": rewards,
+            "loss": td.loss, "td_error": td.td_error, "q_tot": q_tot, "targets": targets, "rewards": rewards,
             "target_q_tot": target_q_tot, "greedy_actions": chosen.greedy_actions,
         }  # fmt: skip
+        if value.logit_squares is not None:
+            terms["attend_mag_regs"] = self._regulariser(value.logit_squares, batch.mask)
+            terms["loss"] = td.loss + terms["attend_mag_regs"]
         return terms if weights is None else terms | {"weights": weights}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """See `Algorithm.state_dict`."""
-        moments = {} if self.reward_moments is None else {"reward_moments": self.reward_moments.values}
-        return super().state_dict() | moments
+    @torch.inference_mode()
+    def joint_values(
+        self, obs: Tensor, last_actions: Tensor, avail_actions: Tensor, states: Tensor, actions: Tensor
+    ) -> dict[str, Tensor]:
+        """See `Algorithm.joint_values`: ``Q_tot``, or the sum of utilities without a mixer."""
+        taken = select(self._unroll(obs, last_actions, "agent")[0].q, avail_actions, actions=actions)
+        assert taken.chosen_qs is not None
+        value = self._joint("mixer", taken.chosen_qs, states, actions, taken.greedy_qs).q_tot
+        return {"Q_tot": value} if "mixer" in self.networks else {"sum Q_i": value.sum(-1, keepdim=True)}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """See `Algorithm.load_state_dict`."""
-        super().load_state_dict(state)
-        if self.reward_moments is not None:
-            self.reward_moments.values.copy_(state["reward_moments"])
-
-    def _joint(self, name: str, agent_qs: Tensor, states: Tensor) -> Tensor:
-        """``[B, T, 1]`` from the mixer ``name``, or the agents' own values ``[B, T, A]`` without a mixer."""
+    def _joint(self, name: str, agent_qs: Tensor, states: Tensor, actions: Tensor, max_qs: Tensor) -> JointValue:
+        """What the mixer ``name`` makes of utilities ``[B, T, A]``; themselves where there is no mixer."""
         mixer = self.networks.get(name)
         with part("mixer"):
-            joint: Tensor = agent_qs if mixer is None else mixer(agent_qs, states)
-        return joint
+            if mixer is None:
+                return JointValue(agent_qs)
+            if isinstance(mixer, ActionMixer):
+                return mixer.joint(agent_qs, states, actions, max_qs)
+            return JointValue(mixer(agent_qs, states))
 
-    def _weights(
-        self, batch: EpisodeBatch, q_tot: Tensor, targets: Tensor, target_q_tot: Tensor, all_greedy: Tensor
-    ) -> Tensor | None:
-        """Weights of transitions: Rashid et al. 2020 (WQMIX), equations 5 (cw) and 6 (ow), without a central critic."""
-        if self.config.weighting == "none":
-            return batch.weights
-        if self.config.weighting == "ow":
-            full = q_tot < targets
+    def _bootstrap(self, batch: EpisodeBatch, target_qs: Tensor, chosen: Selection) -> Tensor:
+        """``[B, T + 1, K]``: the target networks' value of the greedy joint actions."""
+        if self.config.double_q:
+            assert chosen.target_qs is not None
+            qs, actions = chosen.target_qs, chosen.greedy_actions
         else:
-            full = all_greedy[:, :-1].unsqueeze(-1) | (targets > target_q_tot[:, :-1])
-        weights = torch.where(full, 1.0, self.config.w).to(q_tot.dtype)
-        return weights if batch.weights is None else weights * batch.weights
+            best = select(target_qs, batch.avail_actions)
+            qs, actions = best.greedy_qs, best.greedy_actions
+        return self._joint("target_mixer", qs, batch.states, actions, qs).q_tot
+
+    def _behaviour(self, batch: EpisodeBatch, target_qs: Tensor) -> Tensor:
+        """``[B, T + 1, K]``: the target networks' value of the joint actions taken."""
+        taken = select(target_qs, batch.avail_actions, actions=batch.actions)
+        assert taken.chosen_qs is not None
+        return self._joint("target_mixer", taken.chosen_qs, batch.states, batch.actions, taken.greedy_qs).q_tot
+
+    def _regulariser(self, logit_squares: Tensor, mask: Tensor) -> Tensor:
+        """Mean of squared logits ``[B, T, H]``, summed over heads, times a coefficient; PyMARL counts padded steps."""
+        counted = mask != 0
+        if self.config.compat == "released":  # all that its batches hold, which end with their longest episode
+            counted = counted.any(0, keepdim=True).expand_as(mask)
+        live = logit_squares.masked_fill(~counted, 0)
+        return self.config.attend_reg_coef * live.sum() / counted.sum().clamp(min=1)

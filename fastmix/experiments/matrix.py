@@ -66,16 +66,15 @@ def learned_game(algo: Algorithm, env: MatrixGame, device: torch.device | str = 
     shape = env.payoff.values.shape
     obs = torch.from_numpy(env.obs[:1]).to(device)
     states = torch.from_numpy(env.state[:1]).to(device)
+    avail = torch.from_numpy(env.avail[:1]).to(device)
     last_actions = torch.full((1, len(shape)), -1, dtype=torch.int64, device=device)
-    with torch.no_grad():
-        utilities = algo.utilities(obs[:, None], last_actions[:, None])[0, 0]
-        tables: dict[str, np.ndarray] = {}
-        if env.payoff.values.size <= MAX_JOINT_ACTIONS:
-            joint = torch.from_numpy(np.indices(shape).reshape(len(shape), -1).T.copy()).to(device)
-            chosen = utilities.gather(1, joint.T).T  # [joint actions, A]
-            mixed = algo.mix(chosen[:, None], states.expand(len(joint), 1, -1))
-            name = "Q_tot" if "mixer" in algo.networks else "sum Q_i"
-            tables[name] = mixed.reshape(shape).double().cpu().numpy()
+    utilities = algo.utilities(obs[:, None], last_actions[:, None])[0, 0]
+    tables: dict[str, np.ndarray] = {}
+    if env.payoff.values.size <= MAX_JOINT_ACTIONS:
+        joint = torch.from_numpy(np.indices(shape).reshape(len(shape), -1).T.copy()).to(device)
+        copies = [x.expand(len(joint), *x.shape[1:]) for x in (obs, last_actions, avail, states)]
+        values = algo.joint_values(*(x[:, None] for x in (*copies, joint)))
+        tables = {name: value.reshape(shape).double().cpu().numpy() for name, value in values.items()}
     return LearnedGame([utilities[i, :n].double().cpu().numpy() for i, n in enumerate(shape)], tables)
 
 
@@ -85,6 +84,13 @@ def report(trainer: Trainer) -> dict[str, Any]:
     if not isinstance(env, MatrixGame):
         return {}
     return {"game": learned_game(trainer.algo, env, trainer.device).to_json(env.payoff)}
+
+
+def largest_errors(games: Sequence[LearnedGame], payoff: Payoff) -> dict[str, float]:
+    """Largest distance of any cell of each table from the mean payoff, over all ``games``."""
+    return {
+        name: max(float(np.abs(game.tables[name] - payoff.values).max()) for game in games) for name in games[0].tables
+    }
 
 
 def average(games: Sequence[LearnedGame]) -> LearnedGame:
@@ -104,6 +110,7 @@ def summarise_games(results: Sequence[dict[str, Any]], payoff: Payoff) -> dict[s
         "noise_std": payoff.noise_std,
         "optimum": [payoff.label(joint) for joint in payoff.optimal_actions()],
         "average": average(games).to_json(payoff),
+        "largest_errors": largest_errors(games, payoff),
         "found": found,
         "seeds": len(games),
         "wilson_95": list(wilson_interval(found, len(games))),

@@ -47,6 +47,11 @@ class PaperGame:
     env: str
     rows: list[PaperRow]
 
+    def claim(self, algorithm: str) -> bool | None:
+        """Whether the papers report that ``algorithm`` finds the optimum; None where they say nothing, or both."""
+        verdicts = {row.optimal for row in self.of(algorithm)}
+        return verdicts.pop() if len(verdicts) == 1 else None
+
     def of(self, algorithm: str) -> list[PaperRow]:
         """The published rows of one algorithm, in the papers' order; empty where no paper has it."""
         return [row for row in self.rows if row.algorithm == algorithm]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
+
+Verdict = Literal["agrees", "disagrees", "open"]
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -18,3 +21,15 @@ def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tup
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     # At the ends the bound is exact; rounding must not push it past.
     return (0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half)
+
+
+def judge_claim(claimed: bool, successes: int, n: int) -> Verdict:
+    """Whether ``successes`` of ``n`` seeds agree with the claim that the optimum is found (or is not).
+
+    "It is found" is taken to mean by more than half of all seeds: with the whole 95 % interval above one half a claim
+    of it agrees and one of the contrary disagrees, below one half the other way round; else it stays open.
+    """
+    low, high = wilson_interval(successes, n)
+    if low <= 0.5 <= high:
+        return "open"
+    return "agrees" if (low > 0.5) == claimed else "disagrees"

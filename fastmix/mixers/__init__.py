@@ -5,7 +5,7 @@ from typing import Final
 from fastmix.mixers.base import ActionMixer, Attended, JointValue, Mixer, StateMixer, joint_actions
 from fastmix.mixers.central import QMixerCentralAtten, QMixerCentralFF
 from fastmix.mixers.checkpoints import convert_state_dict, load_pymarl
-from fastmix.mixers.powqmix import Recogniser
+from fastmix.mixers.powqmix import ImportanceRecogniser, Recogniser
 from fastmix.mixers.qatten import QattenMixer, QattenPymarlMixer
 from fastmix.mixers.qmix import MonotonicMixer, NMixer, QMixer, QMixerNoAbs
 from fastmix.mixers.qplex import DMAQer, DMAQQattenMixer, DMAQSIWeight
@@ -36,6 +36,7 @@ __all__ = [
     "DMAQQattenMixer",
     "DMAQSIWeight",
     "DMAQer",
+    "ImportanceRecogniser",
     "JointValue",
     "Mixer",
     "MonotonicMixer",

@@ -10,8 +10,10 @@ from torch import Tensor
 from fastmix._modules import check_positive, flat_size, mlp, orthogonal_init_, read_arg
 from fastmix.mixers.base import Mixer, check_agent_qs, flat_states, joint_actions
 from fastmix.mixers.layers import layers
+from fastmix.mixers.qplex import DMAQSIWeight
 from fastmix.ops.duplex import RecogniserParams, Recognition, recognise
 from fastmix.ops.duplex.reference import recogniser_weights
+from fastmix.ops.unrestricted import UnrestrictedParams, unrestricted
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -93,3 +95,52 @@ class Recogniser(Mixer):
     def extra_repr(self) -> str:
         """Sizes, for `print(mixer)`."""
         return f"n_agents={self.n_agents}, n_actions={self.n_actions}, state_dim={self.state_dim}"
+
+
+class ImportanceRecogniser(Mixer):
+    """The recogniser with QPLEX's importance weights for `lambda`, another reading of POWQMIX's equation 5.
+
+    Args:
+        n_agents, n_actions, state_dim, mixing_embed_dim, use_orthogonal: as for `Recogniser`.
+        hypernet_embed: hidden width of the importance networks.
+        num_kernel: how many there are.
+
+    Keys: those of `DMAQSIWeight` under `si_weight`, with two layers, and `V.{0,2}`.
+    """
+
+    def __init__(
+        self,
+        n_agents: int,
+        n_actions: int,
+        state_dim: int | Sequence[int],
+        mixing_embed_dim: int = 32,
+        hypernet_embed: int = 64,
+        num_kernel: int = 4,
+        use_orthogonal: bool = False,
+    ) -> None:
+        super().__init__()
+        check_positive(mixing_embed_dim=mixing_embed_dim)
+        self.si_weight = DMAQSIWeight(n_agents, n_actions, state_dim, num_kernel, 2, hypernet_embed)
+        self.V = mlp(self.si_weight.state_dim, mixing_embed_dim, 1)
+        if use_orthogonal:
+            orthogonal_init_(self)
+
+    @classmethod
+    def from_args(cls, args: Any) -> Self:
+        """Reads what `Recogniser.from_args` reads, and `num_kernel`."""
+        names = ("n_agents", "n_actions", "mixing_embed_dim", "hypernet_embed", "num_kernel")
+        return cls(
+            **{name: read_arg(args, name) for name in names},
+            state_dim=read_arg(args, "state_shape"),
+            use_orthogonal=read_arg(args, "use_orthogonal", False),
+        )
+
+    def forward(self, agent_qs: Tensor, states: Tensor, actions: Tensor, max_qs: Tensor) -> Recognition:
+        """See `Recogniser.forward`."""
+        lambdas, n_agents = self.si_weight, self.si_weight.n_agents
+        check_agent_qs(agent_qs, n_agents)
+        lead = agent_qs.shape[:-1]
+        states = flat_states(states, lead, lambdas.state_dim)
+        v = unrestricted(None, states, UnrestrictedParams(layers(self.V)))
+        weights = lambdas(states, joint_actions(actions, lead, n_agents, lambdas.n_actions)).reshape(agent_qs.shape)
+        return Recognition((weights * (agent_qs - max_qs).detach()).sum(-1, keepdim=True) + v, v)

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from fastmix.algorithms import PRESETS, REGISTRY, Algorithm, EpisodeBatch, Scheme, configure, make
+from fastmix.algorithms import REGISTRY, Algorithm, EpisodeBatch, Scheme, configure, make
 from fastmix.backends import backend
-from fastmix.testing import CountDispatches, rms_ratio
-from tests.generators import SHAPES, Shape, episodes
+from fastmix.testing import CountDispatches, assert_close, rms_ratio
+from tests.generators import SHAPES, Shape, episodes, own_presets
 
 SMALL = Shape(3, 5, 11, 7)
-ALL = [(name, preset) for name in REGISTRY for preset in PRESETS]
+ALL = [(name, preset) for name in REGISTRY for preset in own_presets(name)]
 
 
 def scheme_of(shape: Shape, episode_limit: int = 9) -> Scheme:
@@ -54,8 +54,8 @@ def test_step_is_the_same_on_every_backend(name: str, preset: str) -> None:
     actual = native.step(batch, detailed=True)
     for key, value in expected.items():
         assert rms_ratio(actual[key], value) < 1e-11, key
-    for ours, theirs in zip(weights(native), weights(reference), strict=True):
-        assert rms_ratio(ours, theirs) < 1e-9
+    for key, value in reference.state_dict().items():
+        assert_close(native.state_dict()[key], value, 1e-9, name=key)
 
 
 @pytest.mark.parametrize(("name", "preset"), ALL)
@@ -92,7 +92,7 @@ def test_targets_start_equal_and_move_only_when_told(name: str) -> None:
     def distance() -> float:
         return sum(
             (p - t).detach().abs().sum().item()
-            for key in algorithm.online
+            for key in algorithm.targeted
             for p, t in zip(
                 algorithm.networks[key].parameters(), algorithm.networks[f"target_{key}"].parameters(), strict=True
             )
@@ -103,7 +103,9 @@ def test_targets_start_equal_and_move_only_when_told(name: str) -> None:
     assert distance() > 0
     algorithm.update_targets()
     assert distance() == 0
-    assert not any(p.requires_grad for p in algorithm.networks["target_agent"].parameters())
+    copies = [network for key, network in algorithm.networks.items() if key not in algorithm.online]
+    assert len(copies) == len(algorithm.targeted) > 0
+    assert not any(p.requires_grad for network in copies for p in network.parameters())
 
 
 def test_results_do_not_depend_on_padding() -> None:
@@ -122,8 +124,8 @@ def test_results_do_not_depend_on_padding() -> None:
         before = {k: float64[k][:, : getattr(short, k).shape[1]] for k in float64}
         a, b = one.step(EpisodeBatch(**before)), other.step(EpisodeBatch(**float64))
         assert rms_ratio(b["loss"], a["loss"]) < 1e-12
-        for ours, theirs in zip(weights(other), weights(one), strict=True):
-            assert rms_ratio(ours, theirs) < 1e-9
+        for key, value in one.state_dict().items():
+            assert_close(other.state_dict()[key], value, 1e-9, name=key)
 
 
 def test_act_is_greedy_without_exploration() -> None:
@@ -192,8 +194,33 @@ def test_presets_are_what_the_public_trainers_set() -> None:
     pymarl, pymarl2 = configure("qmix", "pymarl"), configure("qmix", "pymarl2")
     assert (pymarl.optimizer, pymarl.lr, pymarl.batch_size, pymarl.targets) == ("rmsprop", 5e-4, 32, "one_step")
     assert (pymarl2.optimizer, pymarl2.lr, pymarl2.batch_size, pymarl2.targets) == ("adam", 1e-3, 128, "td_lambda")
-    assert configure("qmix_5", "pymarl2").td_weight == 5
+    assert configure("qmix_5", "pymarl2").w_high == 5
     assert configure("iql", "pymarl2").batch_size == 32
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "settings"),
+    [
+        ("cw_qmix", "pymarl", {"w_high": 1.0, "w": 0.1, "loss_scale": 1.0, "central_mixing_embed_dim": 256}),
+        ("ow_qmix", "pymarl2", {"agent": "rnn", "mixer": "qmix", "loss_scale": 0.5, "targets": "td_lambda"}),
+        ("cw_qmix_5", "paper", {"w_high": 5.0, "w": 0.0, "optimizer": "adam", "batch_size": 128, "weighting": "cw"}),
+        ("powqmix", "paper", {"w_high": 5.0, "w": 0.0, "tolerance": 0.05, "agent": "n_rnn", "mixer": "nmix"}),
+        ("powqmix", "paper", {"optimizer": "adam", "batch_size": 128, "batch_size_run": 8, "td_lambda": 0.6}),
+        ("resq", "paper", {"optimizer": "rmsprop", "lr": 1e-3, "targets": "td_lambda", "batch_size": 32}),
+        ("resq", "paper", {"central_mixing_embed_dim": 128, "epsilon_anneal_time": 100_000, "td_lambda": 0.6}),
+        ("resq_vdn_mse", "paper", {"mixer": "vdn", "residual_negative_abs": False, "lr": 1e-3}),
+        ("qplex", "pymarl", {"num_kernel": 10, "adv_hypernet_layers": 3, "adv_hypernet_embed": 64}),
+        ("qplex", "pymarl2", {"num_kernel": 4, "adv_hypernet_layers": 2, "agent": "rnn", "loss_scale": 0.5}),
+        ("qplex", "paper", {"num_kernel": 4, "adv_hypernet_layers": 1}),
+        ("qtran", "pymarl2", {"lr": 5e-4, "optimizer": "adam", "targets": "one_step", "loss_scale": 1.0}),
+        ("qtran", "pymarl", {"mixing_embed_dim": 64, "opt_loss": 1.0, "nopt_min_loss": 0.1}),
+        ("qatten", "pymarl2", {"mixer": "qatten_pymarl2", "n_head": 4, "n_query_embedding_layer2": 32}),
+        ("qatten", "pymarl", {"mixer": "qatten_pymarl", "attend_reg_coef": 0.001}),
+    ],
+)
+def test_presets_of_each_algorithm(name: str, preset: str, settings: dict[str, Any]) -> None:
+    config = configure(name, preset)
+    assert {field: getattr(config, field) for field in settings} == settings
 
 
 @pytest.mark.parametrize("preset", ["pymarl", "pymarl2"])

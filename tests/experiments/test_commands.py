@@ -114,10 +114,15 @@ def test_reproduce_sets_ours_beside_the_papers(tmp_path: Path, capsys: pytest.Ca
     for part in ("vdn: optimum found by", "qmix: optimum found by", "POWQMIX, table 1", "-23.23"):
         assert part in text, part
     assert "no paper has a table of it" in text and "of 2 seeds (95 % interval" in text
-    assert "no (CC, POWQMIX, table 1)" in text
+    assert "papers claim" in text and "largest distance of a learned joint value" in text
     folder = tmp_path / "runs" / "reproduce" / "matrix1" / "run-1"
     result = json.loads((folder / "matrix1.json").read_text())
-    assert result["protocol"] == {"t_max": 1000, "preset": "pymarl2", "epsilon_start": 1.0, "epsilon_finish": 1.0}
+    uniform = {"epsilon_start": 1.0, "epsilon_finish": 1.0, "batch_size_run": 8}
+    assert result["protocol"] == {"t_max": 1000, "preset": "paper", "overrides": {"vdn": uniform, "qmix": uniform}}
+    assert result["algorithms"]["qmix"]["claim"]["papers"] == "not found"
+    assert result["algorithms"]["vdn"]["claim"] == {"papers": "-", "verdict": "-"}
+    assert set(result["algorithms"]["qmix"]["largest_errors"]) == {"Q_tot"}
+    assert (folder / "matrix1.md").read_text().count("\n| `") == 2
     assert set(result["algorithms"]) == {"vdn", "qmix"}
     assert result["algorithms"]["qmix"]["papers"][0]["tables"]["Q_tot"][0] == [-8.11, -8.1, None]
     config = json.loads((folder / "qmix" / "seed-1" / "config.json").read_text())

@@ -13,9 +13,9 @@ import torch
 from fastmix import algorithms, envs
 from fastmix.envs import MatrixGame, Payoff
 from fastmix.experiments import figures, matrix
-from fastmix.experiments.matrix import LearnedGame, average, learned_game
+from fastmix.experiments.matrix import LearnedGame, average, largest_errors, learned_game
 from fastmix.experiments.papers import paper_games
-from fastmix.experiments.stats import wilson_interval
+from fastmix.experiments.stats import judge_claim, wilson_interval
 from fastmix.experiments.tables import game_text, matrix_block, side_by_side, verdict
 from fastmix.train.plan import scheme_of
 
@@ -38,7 +38,8 @@ def test_tables_are_the_mixed_utilities_of_every_joint_action() -> None:
     assert table.shape == (2, 3, 2)
     for joint in itertools.product(range(2), range(3), range(2)):
         chosen = torch.stack([q[i, a] for i, a in enumerate(joint)])[None, None]
-        np.testing.assert_allclose(table[joint], algo.mix(chosen, torch.ones(1, 1, 5)).item(), rtol=1e-5, atol=1e-6)
+        mixed = algo.networks["mixer"](chosen, torch.ones(1, 1, 5))
+        np.testing.assert_allclose(table[joint], mixed.item(), rtol=1e-5, atol=1e-6)
 
 
 def test_greedy_is_among_an_agents_own_actions() -> None:
@@ -158,6 +159,30 @@ def test_wilson_interval(successes: int, n: int, low: float, high: float) -> Non
 def test_wilson_interval_needs_a_proportion(successes: int, n: int) -> None:
     with pytest.raises(ValueError, match="successes is"):
         wilson_interval(successes, n)
+
+
+@pytest.mark.parametrize(
+    ("claimed", "found", "verdict"),
+    [(True, 10, "agrees"), (True, 9, "agrees"), (True, 8, "open"), (True, 5, "open"), (True, 1, "disagrees"),
+     (False, 10, "disagrees"), (False, 2, "open"), (False, 1, "agrees"), (False, 0, "agrees")],
+)  # fmt: skip
+def test_claims_are_judged_by_intervals(claimed: bool, found: int, verdict: str) -> None:
+    assert judge_claim(claimed, found, 10) == verdict
+
+
+def test_the_papers_claims() -> None:
+    """The summary in the specification: who recovers which optimum."""
+    games = paper_games()
+    names = ("resq", "qtran", "powqmix", "cw_qmix", "ow_qmix", "qplex", "qmix")
+    assert [games["matrix1"].claim(name) for name in names] == [True, True, True, True, False, False, False]
+    assert [games["matrix2"].claim(name) for name in names] == [True, True, None, False, False, False, None]
+    assert games["matrix1"].claim("vdn") is None
+
+
+def test_the_largest_error_is_of_any_seed_and_cell() -> None:
+    close = LearnedGame(LEARNED.utilities, {"Q_tot": PAYOFF.values + 0.25})
+    far = LearnedGame(LEARNED.utilities, {"Q_tot": PAYOFF.values - np.array([[0.0, 0.0], [1.5, 0.0]])})
+    assert largest_errors([close, far], PAYOFF) == {"Q_tot": 1.5}
 
 
 def test_figure_is_a_picture(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ PRECISE, ROUGH = 2e-6, 2e-3
 LONG = 1e-5
 """As `PRECISE`, over many steps, with the exponentials of a device"""
 FLIPS, KINKS = 2e-3, 3e-2
-"""Of gradients before the ReLU: rounding decides of features near zero, few of millions or, in lower precision, many"""
+"""Of gradients before the ReLU: rounding decides of features near zero, few of millions or, in low precision, many"""
 SETTINGS = {"highest": (LONG, FLIPS), "high": (ROUGH, KINKS)}
 """torch.set_float32_matmul_precision -> tolerances of large problems"""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,32 +16,47 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastmix.algorithms import PRESETS, REGISTRY, Algorithm, EpisodeBatch, Scheme, make
+from fastmix.algorithms import REGISTRY, Algorithm, EpisodeBatch, Scheme, make
 from fastmix.algorithms.optimiser import Optimiser
 from fastmix.backends import backend
-from fastmix.testing import rms_ratio
+from fastmix.testing import assert_close
 from fastmix.train.feed import Feed, StreamedFeed, make_feed
 from fastmix.train.learner import CudaRecorder, Learner, Terms
 from fastmix.train.replay import Prioritised, ReplayBuffer
 from fastmix.train.storage import HostStorage
 from tests.cuda.device import no_waiting
-from tests.generators import Shape, episodes
+from tests.generators import Shape, episodes, own_presets
 from tests.train.tape import Tape, TapeRecorder
 
 SHAPE = Shape(3, 5, 11, 7)
-ALL = [(name, preset) for name in REGISTRY for preset in PRESETS]
-VARIANTS: dict[str, dict[str, Any]] = {
-    "cw": {"weighting": "cw"},
-    "ow": {"weighting": "ow"},
-    "q_lambda": {"targets": "q_lambda"},
-    "n_step": {"targets": "n_step", "n_step": 3},
-    "no double_q": {"double_q": False},
-    "weight_decay": {"weight_decay": 0.01},
-    "adam": {"optimizer": "adam"},
-    "rmsprop": {"optimizer": "rmsprop"},
-    "standardise_rewards": {"standardise_rewards": True},
+ALL = [(name, preset) for name in REGISTRY for preset in own_presets(name)]
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cw": ("qmix", {"weighting": "cw"}),
+    "ow": ("qmix", {"weighting": "ow"}),
+    "q_lambda": ("qmix", {"targets": "q_lambda"}),
+    "n_step": ("qmix", {"targets": "n_step", "n_step": 3}),
+    "no double_q": ("qmix", {"double_q": False}),
+    "weight_decay": ("qmix", {"weight_decay": 0.01}),
+    "adam": ("qmix", {"optimizer": "adam"}),
+    "rmsprop": ("qmix", {"optimizer": "rmsprop"}),
+    "standardise_rewards": ("qmix", {"standardise_rewards": True}),
+    "qatten: dead, utilities in keys": ("qatten", {"mixer": "qatten_pymarl", "mask_dead": True, "nonlinear": True}),
+    "qtran: coma_critic": ("qtran", {"qtran_arch": "coma_critic", "network_size": "big", "double_q": False}),
+    "qplex: attention": ("qplex", {"mixer": "qplex_dmaq_qatten", "targets": "q_lambda"}),
+    "qplex: no double_q": ("qplex", {"weighted_head": False, "double_q": False, "compat": "released"}),
+    "cw_qmix: no double_q": ("cw_qmix", {"double_q": False, "central_mixer": "central_atten"}),
+    "ow_qmix: wide actions": ("ow_qmix", {"central_action_embed": 3}),
+    "powqmix: other choices": ("powqmix", {"recogniser_weights": "importance", "recogniser_target": True}),
+    "resq: max_larger": ("resq", {"condition": "max_larger", "residual_mixer": "vdn", "central_mixer": "vdn"}),
+    "resq: hysteretic": ("resq", {"condition": "hysteretic", "mixer": "qatten_pymarl2", "central_action_embed": 2}),
+    "resq: no mask": ("resq", {"condition": "none", "residual_mixer": "qatten_pymarl2", "compat": "released"}),
 }
-"""Settings of QMIX that take other roads through the step."""
+"""Settings that take other roads through a step than any preset's."""
+
+
+def build_variant(variant: str, **where: Any) -> Algorithm:
+    name, settings = VARIANTS[variant]
+    return build(name, **where, **settings)
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +126,7 @@ def test_a_recorded_step_is_the_step(name: str, preset: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_recorded_step_is_the_step_whatever_the_settings(variant: str) -> None:
-    check_recorded(lambda: build("qmix", **VARIANTS[variant]))
+    check_recorded(lambda: build_variant(variant))
 
 
 def test_a_recorded_step_weighs_episodes() -> None:
@@ -276,22 +292,32 @@ def test_results_do_not_depend_on_the_bucket(name: str, preset: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_results_do_not_depend_on_the_bucket_whatever_the_settings(variant: str) -> None:
-    check_buckets(lambda limit: build("qmix", episode_limit=limit, **VARIANTS[variant]))
+    check_buckets(lambda limit: build_variant(variant, episode_limit=limit))
 
 
-def check_buckets(make_algorithm: Callable[[int], Algorithm]) -> None:
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("qatten", {"mixer": "qatten_pymarl", "nonlinear": True}), ("qtran", {})],
+    ids=["qatten", "qtran"],
+)
+def test_what_released_code_makes_of_padding_does_not_depend_on_the_bucket(name: str, settings: dict[str, Any]) -> None:
+    """Where padded steps count, those of the longest episode's length do and no others."""
+    check_buckets(lambda limit: build(name, episode_limit=limit, compat="released", **settings), garbage=False)
+
+
+def check_buckets(make_algorithm: Callable[[int], Algorithm], *, garbage: bool = True) -> None:
     """The same episodes, padded to their own length, to 16, 32 and 48 steps, and to the limit of 50."""
     expected = None
     for bucket, length in ((1, 13), (16, 16), (32, 32), (48, 48), (64, 50)):
         batch, _ = ragged_replay(50, bucket).sample(12)
         assert batch.mask.shape[1] == length
-        for given in (batch, with_garbage(batch)):
+        for given in (batch, with_garbage(batch)) if garbage else (batch,):
             actual = stepped(make_algorithm(50), given)
             expected = expected or actual
             assert actual.keys() == expected.keys()
             for key, value in actual.items():
                 assert torch.isfinite(value).all(), (bucket, key)
-                assert rms_ratio(value.double(), expected[key].double()) < 1e-9, (bucket, key)
+                assert_close(value.double(), expected[key].double(), 1e-9, name=f"{key} in a bucket of {bucket}")
 
 
 # ---- what the host has to do ----
@@ -321,11 +347,15 @@ class _Strangers(TorchDispatchMode):
 
 @pytest.mark.parametrize("road", ["resident", "streamed"])
 @pytest.mark.parametrize(
-    ("name", "preset", "variant"), [*((n, p, "") for n, p in ALL), *(("qmix", "pymarl2", v) for v in VARIANTS)]
+    "make_algorithm",
+    [
+        *(pytest.param(partial(build, name, preset), id=f"{name}-{preset}") for name, preset in ALL),
+        *(pytest.param(partial(build_variant, variant), id=variant) for variant in VARIANTS),
+    ],
 )
-def test_a_step_needs_nothing_of_the_host(name: str, preset: str, variant: str, road: str) -> None:
+def test_a_step_needs_nothing_of_the_host(make_algorithm: Callable[..., Algorithm], road: str) -> None:
     """On the meta device there are no values: what looks at one raises, and what comes from the host is seen."""
-    algo = build(name, preset, device="meta", **VARIANTS.get(variant, {}))
+    algo = make_algorithm(device="meta")
     delivery, _ = road_to("meta", road).next(4)
     with _Strangers() as strangers:
         assert not isinstance(delivery, EpisodeBatch)

@@ -11,7 +11,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fastmix.algorithms import Algorithm, AlgorithmConfig, EpisodeBatch, Scheme, make
+from fastmix.algorithms import Algorithm, EpisodeBatch, Scheme, make
+from fastmix.algorithms.q_learning import QLearning
 from fastmix.experiments.bench import baselines
 from fastmix.experiments.bench.cases import (
     COMPILERS,
@@ -200,7 +201,7 @@ def public_learner(ours: Algorithm, scheme: Scheme) -> Any:
     """
     networks, learner = baselines.load("networks"), baselines.load("learner")
     config = ours.config
-    public_config = learner.PublicConfig(**_public_settings(config))
+    public_config = learner.PublicConfig(**_public_settings(ours))
     n_inputs = scheme.obs_dim + config.obs_last_action * scheme.n_actions + config.obs_agent_id * scheme.n_agents
     agent = networks.CellAgent(n_inputs, scheme.n_actions, config.rnn_hidden_dim, config.use_layer_norm)
     mixer = None
@@ -303,7 +304,10 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(previous)
 
 
-def _public_settings(config: AlgorithmConfig) -> dict[str, Any]:
+def _public_settings(ours: Algorithm) -> dict[str, Any]:
+    config = ours.config
+    if not isinstance(ours, QLearning):
+        raise ValueError(f"no baseline is written for {type(ours).__name__}; try qmix")
     mixers = {"none": None, "vdn": "vdn", "qmix": "qmix", "nmix": "qmix"}
     supported = {
         "agent": config.agent in ("rnn", "n_rnn") and config.use_rnn,
@@ -322,7 +326,7 @@ def _public_settings(config: AlgorithmConfig) -> dict[str, Any]:
         "gamma": config.gamma,
         "td_lambda": config.td_lambda if config.targets == "td_lambda" else None,
         "double_q": config.double_q,
-        "loss_scale": config.loss_scale * config.td_weight,
+        "loss_scale": config.loss_scale * config.w_high,
         "optimizer": config.optimizer,
         "lr": config.lr,
         "optimizer_eps": config.optim_eps,
