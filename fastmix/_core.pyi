@@ -232,6 +232,41 @@ def recurrent_backward(
     arg15: int,
     /,
 ) -> None: ...
+def recurrent_cuda_backward(
+    arg0: int,
+    arg1: int,
+    arg2: Sequence[Sequence[int]],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: Sequence[int],
+    arg6: bool,
+    arg7: int,
+    arg8: int,
+    /,
+) -> None: ...
+def recurrent_cuda_fits(arg0: int, arg1: int, arg2: int, arg3: bool, /) -> bool: ...
+def recurrent_cuda_forward(
+    arg0: int,
+    arg1: int,
+    arg2: Sequence[Sequence[int]],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: Sequence[int],
+    arg6: bool,
+    arg7: int,
+    /,
+) -> None: ...
+def recurrent_cuda_workspace(
+    arg0: int,
+    arg1: int,
+    arg2: Sequence[Sequence[int]],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: Sequence[int],
+    arg6: bool,
+    arg7: int,
+    /,
+) -> int: ...
 def recurrent_forward(
     arg0: int,
     arg1: int,

@@ -33,11 +33,6 @@ int choose_tiles(int64_t rows, int networks, const Device& device, const Bytes& 
   return best;
 }
 
-template <class Kernel>
-void allow_shared(Kernel* kernel, int64_t bytes) {
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-}
-
 template <int kWidth, int kPlanes>
 const char* forward(const RecurrentCudaForward& p, cudaStream_t stream) {
   const Device& device = current_device();
@@ -52,16 +47,12 @@ const char* forward(const RecurrentCudaForward& p, cudaStream_t stream) {
   if (tiles == 0) return "a block has too little shared memory";
 
   const auto networks = static_cast<unsigned>(p.networks);
-  const int64_t input_bytes = sizeof(InputMemory<kWidth, kPlanes>);
-  allow_shared(&input_kernel<kWidth, kPlanes>, input_bytes);
   const dim3 input_grid(blocks(rows * p.steps, kInputRows, INT32_MAX), networks);
-  input_kernel<kWidth, kPlanes><<<input_grid, kInputThreads, input_bytes, stream>>>(p, RowIndex(p));
-  if (const char* error = launched()) return error;
-
-  allow_shared(&forward_kernel<kWidth, kPlanes>, bytes(tiles));
+  const char* error = launch<input_kernel<kWidth, kPlanes>>(
+      device, input_grid, kInputThreads, sizeof(InputMemory<kWidth, kPlanes>), stream, p, RowIndex(p));
+  if (error != nullptr) return error;
   const dim3 grid(blocks(rows, tiles * kRowsPerTile, INT32_MAX), networks);
-  forward_kernel<kWidth, kPlanes><<<grid, 4 * kWidth, bytes(tiles), stream>>>(p, tiles);
-  return launched();
+  return launch<forward_kernel<kWidth, kPlanes>>(device, grid, 4 * kWidth, bytes(tiles), stream, p, tiles);
 }
 
 // The steps of more tiles take longer: copies may begin later, in memory that the tiles need.
@@ -119,17 +110,13 @@ const char* backward(const RecurrentCudaBackward& p, cudaStream_t stream) {
 
   const int64_t walk_bytes =
       BackwardMemory<kWidth, kPlanes>(nullptr, plan.tiles, plan.stages, outputs, with_states).bytes;
-  allow_shared(&backward_kernel<kWidth, kPlanes>, walk_bytes);
-  const dim3 walk_grid(plan.walks, networks);
-  backward_kernel<kWidth, kPlanes><<<walk_grid, 6 * kWidth, walk_bytes, stream>>>(p, plan);
-  if (const char* error = launched()) return error;
-
-  const int64_t bytes = gradients_bytes<kWidth, kPlanes>(outputs, p.obs_size);
-  allow_shared(&gradients_kernel<kWidth, kPlanes>, bytes);
+  const char* error = launch<backward_kernel<kWidth, kPlanes>>(device, dim3(plan.walks, networks), 6 * kWidth,
+                                                               walk_bytes, stream, p, plan);
+  if (error != nullptr) return error;
   const dim3 grid(plan.states_blocks + plan.shares * plan.inputs_blocks, networks);
-  gradients_kernel<kWidth, kPlanes><<<grid, 4 * kWidth, bytes, stream>>>(p, plan, RowIndex(p));
-  if (const char* error = launched()) return error;
-
+  error = launch<gradients_kernel<kWidth, kPlanes>>(
+      device, grid, 4 * kWidth, gradients_bytes<kWidth, kPlanes>(outputs, p.obs_size), stream, p, plan, RowIndex(p));
+  if (error != nullptr) return error;
   const dim3 sum_grid(blocks(sums, kSumThreads, INT32_MAX), networks);
   sum_kernel<<<sum_grid, kSumThreads, 0, stream>>>(p, plan, kPlanes);
   return launched();

@@ -86,9 +86,10 @@ struct RecurrentCudaForward : RecurrentCuda {
     RecurrentWeights<const float> weights;   // layer norm is the caller's
     const float* hidden;                     // [B, A, D]; null: zeros
     float *q, *last_hidden, *hidden_states;  // as on the CPU; q null: the output layer is the caller's
-    void* saved;  // with P = 2 if precise, else 1: [T + 1, R, P, D] (with `save`) and [T, R, P, D] half precision
-                  // numbers, then [T, R] floats
-    bool save;  // for a backward pass
+    // With P = 2 if precise, else 1: half precision numbers [T + 1, R, P, D] (with `save`, for a backward pass) and
+    // [T, R, P, D], then floats [T, R].
+    void* saved;
+    bool save;
   } network[kRecurrentNetworks];
 };
 

@@ -267,14 +267,22 @@ def test_emulated_gradients_that_grow_from_step_to_step() -> None:
 
 
 @pytest.mark.usefixtures("emulated")
-def test_emulated_inputs_of_any_size() -> None:
+@pytest.mark.parametrize("what", ["obs", "hidden"])
+def test_emulated_numbers_of_any_size(what: str) -> None:
+    """Of initial states: below 255."""
     p = problem(3, 4, 3, 11)
-    p = p._replace(obs=p.obs * torch.tensor([1e-9, 1.0, 1e4])[:, None, None, None])
-    ours, plain = run(p), run(p, "reference")
+    hidden = p.hidden[0]
+    assert hidden is not None
+    if what == "obs":
+        p = p._replace(obs=p.obs * torch.tensor([1e-9, 1.0, 1e4])[:, None, None, None])
+    else:
+        p = p._replace(hidden=[(hidden.detach() * (250 / hidden.detach().abs().max())).requires_grad_()])
     exact = p.to("cpu", torch.float64)
-    expected = run(exact, "reference")
+    results = []
+    for x, backend in ((p, "native"), (p, "reference"), (exact, "reference")):
+        out = run(x, backend)
+        results.append([*flat(out), *grads(out, x)])
     # Of large sums that cancel, and of gates that are open or closed, float32 itself knows less than usual.
-    results = [[*flat(out), *grads(out, x)] for out, x in ((ours, p), (plain, p), (expected, exact))]
     for a, b, e in zip(*results, strict=True):
         assert_close(a, e, max(PRECISE, 4 * rms_ratio(b, e)))
 
@@ -292,9 +300,9 @@ def test_emulated_nan_spoils_its_own_row_from_its_step_on(norm: bool) -> None:
     assert torch.equal(q[~spoiled], clean[~spoiled])
 
 
-@pytest.mark.usefixtures("emulated")
+@pytest.mark.usefixtures("few_multiprocessors")
 def test_emulated_sums_over_many_rows_keep_float_precision() -> None:
-    p = problem(60, 40, 3, 5, actions=False, ids=False, start=False)
+    p = problem(24, 30, 3, 5, actions=False, ids=False, start=False)
     exact = p.to("cpu", torch.float64)
     ours, expected = (
         torch.autograd.grad(out[0].q.sum(), x.leaves()) for out, x in ((run(p), p), (run(exact, "reference"), exact))
@@ -360,7 +368,15 @@ def test_other_hidden_sizes_are_left_to_other_backends() -> None:
 
 def test_shared_memory_that_is_needed_is_known_beforehand() -> None:
     core = emulate.core("recurrent")
-    assert all(core.recurrent_cuda_fits(*sizes) for sizes in ((64, 300, 64, True), (32, 30, 5, False)))
+    sizes = [
+        (width, n_obs, U, precise) for width in (32, 64) for n_obs in (5, 300) for U in (5, 64) for precise in (0, 1)
+    ]
+    core.device(2)
+    assert all(core.recurrent_cuda_fits(*size) for size in sizes)
+    core.device(1)  # with 99 KiB
+    assert [size for size in sizes if not core.recurrent_cuda_fits(*size)] == [
+        (64, 5, 64, 1), (64, 300, 5, 1), (64, 300, 64, 1),
+    ]  # fmt: skip
 
 
 @pytest.fixture

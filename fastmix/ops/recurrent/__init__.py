@@ -40,8 +40,9 @@ def recurrent(
         obs: ``[B, T, A, O]``, strides of any kind; a copy is made only where the last axis is not contiguous.
         networks: one or more networks over the same input; hidden and output sizes may differ.
         hidden: for each network its state before the first step, ``[B, A, D]``, or None for zeros.
-        last_actions: ``[B, T, A]`` int64, the action before each step; -1 gives a one-hot of zeros. The width of the
-            one-hot is what ``W1`` leaves beside observation and agent id: as many as there are actions.
+        last_actions: ``[B, T, A]`` int64, the action before each step; -1 gives a one-hot of zeros (on CUDA, where a
+            check would wait for the device, any action that does not exist). The width of the one-hot is what ``W1``
+            leaves beside observation and agent id: as many as there are actions.
         agent_ids: whether the input ends with the one-hot of the agent, ``A`` wide.
         return_hidden_states: also return the state after every step.
         backend: ``None`` for the automatic choice, or a name of `fastmix.backends.NAMES`.
