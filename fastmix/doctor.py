@@ -25,7 +25,7 @@ from typing import Any, Final
 import fastmix
 
 VARIABLES: Final[dict[str, str]] = {
-    "FASTMIX_BACKEND": "reference, native, triton or cudnn for every op; works or raises (default: by device and dtype)",
+    "FASTMIX_BACKEND": "reference, native, triton or cudnn for every op, or it raises (default: by device and dtype)",
     "FASTMIX_ISA": "baseline, avx2 or avx512: the widest instruction set the core may use (default: what the CPU has)",
     "FASTMIX_CUDA": "AUTO, ON or OFF while building: CUDA kernels when nvcc is found, always, never (default: AUTO)",
     "FASTMIX_GOLDEN": "folder of reference numbers the golden tests read (default: tests/golden)",
