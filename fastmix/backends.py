@@ -23,7 +23,7 @@ NAMES: Final = ("reference", "native", "triton", "cudnn")
 
 # op -> device -> backends, the preferred one first. "native" is the compiled core, "reference" is plain PyTorch and is
 # always possible. Source of the order: benchmarks/results, the CPU's as measured by `fastmix bench table`, a GPU's by
-# benchmarks/gpu.sh (without gradients `monotonic` through Triton is up to a tenth faster, at three times the host time).
+# benchmarks/gpu.sh (without gradients `monotonic` through Triton is up to a tenth faster, at thrice the host time).
 TABLE: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     **{
         op: {"cpu": ("native", "reference"), "cuda": ("native", "reference")}

@@ -15,7 +15,7 @@ from torch import Tensor
 import fastmix
 from fastmix import backends
 from fastmix.ops import _library
-from fastmix.ops.recurrent import RecurrentOutput, RecurrentParams, Stepper, native_cuda, recurrent
+from fastmix.ops.recurrent import RecurrentOutput, RecurrentParams, Stepper, cuda, recurrent
 from fastmix.testing import assert_close, rms_ratio
 from tests.cuda import emulate
 from tests.generators import SHAPES, non_contiguous, recurrent_params
@@ -135,8 +135,8 @@ def _emulate(descending: bool = False, device: int = 2) -> Iterator[None]:
     with (
         mock.patch.object(_library, "on_cuda", lambda tensor: True),
         mock.patch.object(_library, "queue_on", lambda device, function, *args: function(*args, 0)),
-        mock.patch.object(native_cuda, "_core", lambda: core),
-        mock.patch.object(native_cuda, "_device_limit", lambda *args: None),
+        mock.patch.object(cuda, "_core", lambda: core),
+        mock.patch.object(cuda, "_device_limit", lambda *args: None),
     ):
         yield
 
@@ -197,7 +197,7 @@ def test_emulated_kernels(name: str, states: bool) -> None:
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("name", ["17 rows", "40 rows", "hidden 32", "many inputs", "64 outputs", "several networks"])
 def test_emulated_kernels_in_lower_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_cuda, "float32_precision", lambda: "high")
+    monkeypatch.setattr(cuda, "float32_precision", lambda: "high")
     check(PROBLEMS[name](), ROUGH, KINKS)
 
 
@@ -205,7 +205,7 @@ def test_emulated_kernels_in_lower_precision(name: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("D", [(64,), (32, 32)])
 def test_emulated_blocks_of_several_tiles(D: tuple[int, ...], setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_cuda, "float32_precision", lambda: setting)
+    monkeypatch.setattr(cuda, "float32_precision", lambda: setting)
     tolerance, kinks = (PRECISE, 0.0) if setting == "highest" else SETTINGS[setting]
     check(problem(23, 5, 5, 11, 7, D), tolerance, kinks, states=True)
 
@@ -384,8 +384,8 @@ def on_the_cpu() -> Iterator[None]:
     """The ops of CUDA tensors are there for CPU tensors too, for what traces them."""
     library = torch.library.Library("fastmix", "IMPL")
     for n in (1, 2):
-        library.impl(f"recurrent_cuda_{n}", partial(native_cuda._forward, n), "CPU")
-        library.impl(f"recurrent_cuda_{n}_backward", partial(native_cuda._backward_forward, n), "CPU")
+        library.impl(f"recurrent_cuda_{n}", partial(cuda._forward, n), "CPU")
+        library.impl(f"recurrent_cuda_{n}_backward", partial(cuda._backward_forward, n), "CPU")
     yield
     library._destroy()
 
@@ -419,9 +419,9 @@ def test_nothing_is_kept_without_gradients() -> None:
         p = problem(2, 3, 2, frozen=(0,))
         network = p.networks[0]
         tensors = [p.obs, p.last_actions, p.hidden[0], *network[:6], *network[8:]]
-        *_, saved = native_cuda._forward(1, *tensors, True, 0, 0, True)
+        *_, saved = cuda._forward(1, *tensors, True, 0, 0, True)
         assert saved.numel() == 0
-        *_, saved = native_cuda._forward(1, *tensors, True, 0, 1, True)
+        *_, saved = cuda._forward(1, *tensors, True, 0, 1, True)
         assert saved.numel() == 4 * (3 * 64 + 4 * 64 + 3)
 
 

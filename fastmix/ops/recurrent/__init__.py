@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmix import backends
 from fastmix.ops import _checks, _library
-from fastmix.ops.recurrent import arguments, cudnn, native, native_cuda, reference
+from fastmix.ops.recurrent import arguments, cuda, cudnn, native, reference
 from fastmix.ops.recurrent.stepper import Stepper
 from fastmix.ops.recurrent.types import RecurrentOutput, RecurrentParams
 
@@ -82,7 +82,7 @@ def _dispatch(
     on_cuda = _library.on_cuda(obs)
     names = [
         backends.resolve(
-            "recurrent", obs, backend, native_limit=native_cuda.limit(network, obs.shape[-1]) if on_cuda else None
+            "recurrent", obs, backend, native_limit=cuda.limit(network, obs.shape[-1]) if on_cuda else None
         )
         for network in networks
     ]
@@ -90,7 +90,7 @@ def _dispatch(
     results: dict[int, RecurrentOutput] = {}
     if on_cuda:
         together = [i for i, name in enumerate(names) if name == "native"]
-        outputs = native_cuda.recurrent(
+        outputs = cuda.recurrent(
             obs, [networks[i] for i in together], [hidden[i] for i in together], *settings, half=half
         )
         results.update(zip(together, outputs, strict=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmix import backends
 from fastmix.ops import _checks, _library
-from fastmix.ops.recurrent import arguments, cudnn, native, native_cuda, reference
+from fastmix.ops.recurrent import arguments, cuda, cudnn, native, reference
 from fastmix.ops.recurrent.types import RecurrentOutput, RecurrentParams
 
 _NO_STRIDES: tuple[int, ...] = (0, 0)
@@ -130,10 +130,10 @@ def _sequence_function(params: RecurrentParams, obs_size: int) -> Callable[..., 
     On CUDA nothing is packed: weights are read where they lie, by two launches a step.
     """
     on_cuda = _library.on_cuda(params.fc1_weight)
-    limit = native_cuda.limit(params, obs_size) if on_cuda else None
+    limit = cuda.limit(params, obs_size) if on_cuda else None
     name = backends.resolve("recurrent", params.fc1_weight, native_limit=limit)
     if name == "native":
-        return native_cuda.recurrent_one if on_cuda else None
+        return cuda.recurrent_one if on_cuda else None
     return cudnn.recurrent if name == "cudnn" else reference.recurrent
 
 
