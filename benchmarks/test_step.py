@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 
 from benchmarks import harness
-from fastmix.algorithms import REGISTRY
 from fastmix.experiments.bench import steps
 
 PROBLEMS = [("qmix", shape) for shape in ("matrix", "3m", "5m_vs_6m", "prey", "MMM2")]
-PROBLEMS += [(algo, "3m") for algo in REGISTRY if algo != "qmix"]
+PROBLEMS += [(algo, "3m") for algo in steps.WITH_BASELINE if algo != "qmix"]
 
 
 @pytest.mark.parametrize(("problem", "contestant"), harness.contestants(PROBLEMS, ("ours", "eager", "compile")))

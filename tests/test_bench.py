@@ -147,7 +147,7 @@ def test_golden_files_of_training_steps_exist() -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("algo", REGISTRY)
+@pytest.mark.parametrize("algo", steps.WITH_BASELINE)
 @pytest.mark.parametrize("shape", ["matrix", "3m"])
 def test_our_step_is_the_baselines(algo: str, shape: str, preset: str) -> None:
     sizes = SHAPES[shape]
@@ -155,8 +155,15 @@ def test_our_step_is_the_baselines(algo: str, shape: str, preset: str) -> None:
     assert steps.step_error(algo, scheme, preset) < EXACT
 
 
+@pytest.mark.parametrize("algo", sorted(REGISTRY.keys() - set(steps.WITH_BASELINE)))
+def test_what_has_no_baseline_is_refused(algo: str) -> None:
+    scheme = Scheme(n_agents=3, n_actions=4, obs_dim=5, state_dim=6, episode_limit=9)
+    with pytest.raises(ValueError, match="no baseline is written for"):
+        steps.step_error(algo, scheme, "pymarl")
+
+
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("algo", REGISTRY)
+@pytest.mark.parametrize("algo", steps.WITH_BASELINE)
 def test_our_gradients_are_the_baselines(algo: str, preset: str) -> None:
     scheme = Scheme(n_agents=3, n_actions=4, obs_dim=5, state_dim=6, episode_limit=9)
     with steps.default_dtype(torch.float64):

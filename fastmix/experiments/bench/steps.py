@@ -30,6 +30,9 @@ from fastmix.testing.shapes import SHAPES
 from fastmix.train.learner import Delivery, Learner
 
 WHOLE: Final = "whole"
+WITH_BASELINE: Final = ("iql", "vdn", "qmix", "qmix_5")
+"""Algorithms whose public step is written in `fastmix.baselines`"""
+
 BASELINES: Final = ("eager", *COMPILERS, WHOLE)
 """What `step` compares with; `WHOLE` is the public step with all of its loss compiled, which takes minutes."""
 NOTES: Final = {
