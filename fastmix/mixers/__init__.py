@@ -2,14 +2,16 @@
 
 from typing import Final
 
-from fastmix.mixers.base import ActionMixer, Attended, JointValue, Mixer, StateMixer, joint_actions
+from fastmix.mixers.base import ActionMixer, Attended, JointValue, Mixer, QuantileMixer, StateMixer, joint_actions
 from fastmix.mixers.central import QMixerCentralAtten, QMixerCentralFF
 from fastmix.mixers.checkpoints import convert_state_dict, load_pymarl
+from fastmix.mixers.dfac import DDNMixer, DMixer
 from fastmix.mixers.powqmix import ImportanceRecogniser, Recogniser
 from fastmix.mixers.qatten import QattenMixer, QattenPymarlMixer
 from fastmix.mixers.qmix import MonotonicMixer, NMixer, QMixer, QMixerNoAbs
 from fastmix.mixers.qplex import DMAQer, DMAQQattenMixer, DMAQSIWeight
 from fastmix.mixers.qtran import QTranAlt, QTranBase
+from fastmix.mixers.resz import DattenMixer, ResZCentralAtten, ResZCentralFF
 from fastmix.mixers.vdn import VDNMixer
 
 REGISTRY: Final[dict[str, type[Mixer]]] = {
@@ -27,6 +29,11 @@ REGISTRY: Final[dict[str, type[Mixer]]] = {
     "central_ff": QMixerCentralFF,
     "central_atten": QMixerCentralAtten,
     "powqmix_recogniser": Recogniser,
+    "ddn": DDNMixer,
+    "dmix": DMixer,
+    "datten": DattenMixer,
+    "resz_central_atten": ResZCentralAtten,
+    "resz_central_ff": ResZCentralFF,
 }
 
 __all__ = [
@@ -35,7 +42,10 @@ __all__ = [
     "Attended",
     "DMAQQattenMixer",
     "DMAQSIWeight",
+    "DDNMixer",
     "DMAQer",
+    "DMixer",
+    "DattenMixer",
     "ImportanceRecogniser",
     "JointValue",
     "Mixer",
@@ -49,7 +59,10 @@ __all__ = [
     "QTranBase",
     "QattenMixer",
     "QattenPymarlMixer",
+    "QuantileMixer",
     "Recogniser",
+    "ResZCentralAtten",
+    "ResZCentralFF",
     "StateMixer",
     "VDNMixer",
     "convert_state_dict",

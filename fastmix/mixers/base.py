@@ -43,6 +43,19 @@ class StateMixer(Mixer):
         """`agent_qs [..., A]`, `states [..., S]` -> `q_tot [..., 1]`."""
 
 
+class QuantileMixer(Mixer):
+    """Combines the return distributions of `n_agents` agents into one, given the state.
+
+    Call: `mixer(agent_qs [..., A, N], states [..., S]) -> z_tot [..., 1, N]` for any leading dimensions, usually
+    `[B, T]`. `N` quantiles of each agent's return make as many of the joint one; `states` are those of `StateMixer`.
+    PyMARL's third argument says which of two numbers of quantiles to expect: any will do here, and it is not read.
+    """
+
+    @abc.abstractmethod
+    def forward(self, agent_qs: Tensor, states: Tensor, target: bool = False) -> Tensor:
+        """`agent_qs [..., A, N]`, `states [..., S]` -> `z_tot [..., 1, N]`."""
+
+
 class JointValue(NamedTuple):
     """What `ActionMixer.joint` gives; parts that a mixer does not have are None."""
 
@@ -102,6 +115,16 @@ def check_agent_qs(agent_qs: Tensor, n_agents: int | None) -> None:
         raise ValueError(
             f"agent_qs must be [..., n_agents] with n_agents = {n_agents}, got shape {tuple(agent_qs.shape)}"
         )
+
+
+def check_agent_zs(agent_qs: Tensor, n_agents: int | None) -> None:
+    """Raise unless `agent_qs` is a floating tensor `[..., A, N]` (with `A == n_agents` when that is given)."""
+    check_tensor("agent_qs", agent_qs)
+    check_floating("agent_qs", agent_qs)
+    shape = tuple(agent_qs.shape)
+    if len(shape) < 2 or shape[-1] < 1 or (n_agents is not None and shape[-2] != n_agents):
+        known = "" if n_agents is None else f" with n_agents = {n_agents}"
+        raise ValueError(f"agent_qs must be [..., n_agents, quantiles]{known}, got shape {shape}")
 
 
 def flat_states(states: Tensor, lead: torch.Size, state_dim: int) -> Tensor:

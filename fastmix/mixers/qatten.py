@@ -12,6 +12,7 @@ from fastmix.mixers.base import (
     ActionMixer,
     Attended,
     JointValue,
+    Mixer,
     StateMixer,
     attended,
     check_agent_qs,
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class QattenMixer(StateMixer):
-    """Qatten as in pymarl2 (`modules/mixers/qatten.py`; Yang et al. 2020, "Qatten"); also ResQ's `qatten`.
+class AttentionMixer(Mixer):
+    """The networks of pymarl2's Qatten and of ResZ's mixers: heads that attend from the state to the agents.
 
-    `Q_tot = sum_h w_h sum_i p_hi Q_i + c(s)`, where head `h` attends from the state to the agents' own features, the
-    first `n_agents * agent_own_state_size` of the state, and `w_h = |head(s)|_h`, or 1 unless `weighted`.
+    Head `h` attends from the state to the agents' own features, the first `n_agents * agent_own_state_size` of the
+    state; its weight is `w_h = |head(s)|_h`, or 1 unless `weighted`, and `c(s)` is a value of the state's own.
 
     Args:
         n_agents, state_dim: `A`, `S`.
@@ -103,12 +104,6 @@ class QattenMixer(StateMixer):
             use_orthogonal=read_arg(args, "use_orthogonal", False),
         )
 
-    def forward(self, agent_qs: Tensor, states: Tensor) -> Tensor:
-        """See `StateMixer.forward`. Raises `ValueError`/`TypeError` naming the argument that is wrong."""
-        check_agent_qs(agent_qs, self.n_agents)
-        states = flat_states(states, agent_qs.shape[:-1], self.state_dim)
-        return attention(agent_qs, states, self.params(), own_size=self.own_size).q_tot
-
     def params(self) -> AttentionParams:
         """The weights in the order of `fastmix.ops.attention`, read from the layers now."""
         return AttentionParams(
@@ -123,6 +118,20 @@ class QattenMixer(StateMixer):
         return (
             f"n_agents={self.n_agents}, state_dim={self.state_dim}, own_size={self.own_size}, weighted={self.weighted}"
         )
+
+
+class QattenMixer(AttentionMixer, StateMixer):
+    """Qatten as in pymarl2 (`modules/mixers/qatten.py`; Yang et al. 2020, "Qatten"); also ResQ's `qatten`.
+
+    `Q_tot = sum_h w_h sum_i p_hi Q_i + c(s)` with `p_h` a softmax over agents; see `AttentionMixer` for the networks
+    and their arguments.
+    """
+
+    def forward(self, agent_qs: Tensor, states: Tensor) -> Tensor:
+        """See `StateMixer.forward`. Raises `ValueError`/`TypeError` naming the argument that is wrong."""
+        check_agent_qs(agent_qs, self.n_agents)
+        states = flat_states(states, agent_qs.shape[:-1], self.state_dim)
+        return attention(agent_qs, states, self.params(), own_size=self.own_size).q_tot
 
 
 class QattenPymarlMixer(ActionMixer):

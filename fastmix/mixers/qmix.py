@@ -109,17 +109,9 @@ class QMixer(MonotonicMixer):
         use_orthogonal: bool = False,
     ) -> None:
         super().__init__(n_agents, state_dim, mixing_embed_dim, positivity, beta)
-        check_choice("hypernet_layers", hypernet_layers, (1, 2))
         state, embed = self.state_dim, self.embed_dim
-        self.hyper_w_1: nn.Linear | nn.Sequential
-        self.hyper_w_final: nn.Linear | nn.Sequential
-        if hypernet_layers == 1:
-            self.hyper_w_1 = nn.Linear(state, n_agents * embed)
-            self.hyper_w_final = nn.Linear(state, embed)
-        else:
-            check_positive(hypernet_embed=hypernet_embed)
-            self.hyper_w_1 = mlp(state, hypernet_embed, n_agents * embed)
-            self.hyper_w_final = mlp(state, hypernet_embed, embed)
+        self.hyper_w_1 = hypernet(state, n_agents * embed, hypernet_layers, hypernet_embed)
+        self.hyper_w_final = hypernet(state, embed, hypernet_layers, hypernet_embed)
         self.hyper_b_1 = nn.Linear(state, embed)
         self.V = mlp(state, embed, 1)
         if use_orthogonal:
@@ -132,11 +124,11 @@ class QMixer(MonotonicMixer):
         `hypernet_layers` (1 when absent, as in PyMARL), `hypernet_embed` (needed for 2 layers), `abs` (True),
         `use_orthogonal` (False).
         """
-        return cls(**_qmixer_args(args), positivity="abs" if read_arg(args, "abs", True) else "none")
+        return cls(**qmixer_args(args), positivity="abs" if read_arg(args, "abs", True) else "none")
 
     def params(self) -> MonotonicParams:
         """See `MonotonicMixer.params`."""
-        return _params(self.hyper_w_1, self.hyper_w_final, self.hyper_b_1, self.V)
+        return hypernet_params(self.hyper_w_1, self.hyper_w_final, self.hyper_b_1, self.V)
 
 
 class QMixerNoAbs(QMixer):
@@ -164,7 +156,7 @@ class QMixerNoAbs(QMixer):
     @classmethod
     def from_args(cls, args: Any) -> Self:
         """Reads what `QMixer.from_args` reads, except `abs`, which is fixed by the kind."""
-        return cls(**_qmixer_args(args))
+        return cls(**qmixer_args(args))
 
 
 class NMixer(MonotonicMixer):
@@ -215,10 +207,11 @@ class NMixer(MonotonicMixer):
 
     def params(self) -> MonotonicParams:
         """See `MonotonicMixer.params`."""
-        return _params(self.hyper_w1, self.hyper_w2, self.hyper_b1[0], self.hyper_b2)
+        return hypernet_params(self.hyper_w1, self.hyper_w2, self.hyper_b1[0], self.hyper_b2)
 
 
-def _qmixer_args(args: Any) -> dict[str, Any]:
+def qmixer_args(args: Any) -> dict[str, Any]:
+    """What `QMixer` and the mixers with its layers read from a PyMARL namespace."""
     layers = read_arg(args, "hypernet_layers", 1)
     return {
         "n_agents": read_arg(args, "n_agents"),
@@ -231,7 +224,17 @@ def _qmixer_args(args: Any) -> dict[str, Any]:
     }
 
 
-def _params(w1: nn.Module, w2: nn.Module, b1: nn.Module, v: nn.Module) -> MonotonicParams:
+def hypernet(state: int, outputs: int, layers: int, hidden: int) -> nn.Module:
+    """One of PyMARL's hypernetworks: a linear layer, or two with `hidden` units between them."""
+    check_choice("hypernet_layers", layers, (1, 2))
+    if layers == 1:
+        return nn.Linear(state, outputs)
+    check_positive(hypernet_embed=hidden)
+    return mlp(state, hidden, outputs)
+
+
+def hypernet_params(w1: nn.Module, w2: nn.Module, b1: nn.Module, v: nn.Module) -> MonotonicParams:
+    """The layers of a mixing network in the order of `fastmix.ops.monotonic`, read now (not copies)."""
     return MonotonicParams._make((*_hypernet(w1), *_hypernet(w2), *_linear(b1), *_hypernet(v)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from tests.generators import Shape, joint_actions
 SMALL = Shape(3, 5, 7, 4)
 HIDDEN = 6
 """Width of QTRAN's hidden states"""
+QUANTILES = 5
+"""of each agent's return, for mixers of distributions"""
 
 FORMS: dict[str, dict[str, Any]] = {
     "vdn": {},
@@ -45,19 +47,25 @@ FORMS: dict[str, dict[str, Any]] = {
     "central_ff/three": {"central_action_embed": 3},
     "central_atten": {},
     "powqmix_recogniser": {},
+    "ddn": {},
+    "dmix": {},
+    "dmix/one_layer": {"hypernet_layers": 1},
+    "datten": {},
+    "datten/unweighted": {"type": "plain"},
+    "resz_central_atten": {},
+    "resz_central_ff": {},
 }
 """Kind, and form where there are several -> what it reads differently from `arguments`"""
 
 OPS = {
-    "vdn": (),
-    "qatten_pymarl2": ("attention",),
-    "qatten_pymarl": ("attention",),
+    **dict.fromkeys(("vdn", "ddn"), ()),
+    **dict.fromkeys(("qatten_pymarl2", "qatten_pymarl", "datten", "resz_central_atten"), ("attention",)),
     "qplex_dmaq": ("duplex",),
     "qplex_dmaq_qatten": ("attention", "duplex"),
     "qplex_lambda": ("importance",),
     "powqmix_recogniser": ("recognise",),
-    **dict.fromkeys(("qmix", "qmix_noabs", "nmix"), ("monotonic",)),
-    **dict.fromkeys(("qtran_base", "qtran_alt", "central_ff", "central_atten"), ("unrestricted",)),
+    **dict.fromkeys(("qmix", "qmix_noabs", "nmix", "dmix"), ("monotonic",)),
+    **dict.fromkeys(("qtran_base", "qtran_alt", "central_ff", "central_atten", "resz_central_ff"), ("unrestricted",)),
 }
 """Kind -> the ops it runs"""
 
@@ -71,6 +79,7 @@ RUNS = [
 
 UNUSED = {
     "qatten_pymarl2/unweighted": ("head_embedding_layer.",),
+    "datten/unweighted": ("head_embedding_layer.",),
     "qtran_base/coma": ("action_encoding.",),
     "qplex_dmaq/unweighted": ("hyper_w_final.", "V."),
 }
@@ -89,7 +98,7 @@ class Inputs(NamedTuple):
     hidden_states: Tensor
     """`[..., A, D]`"""
     central_qs: Tensor
-    """`[..., A, c]`"""
+    """`[..., A, c]`; `[..., A, N]` for mixers of distributions"""
     actions: Tensor
     """`[..., A]` int64"""
     one_hots: Tensor
@@ -114,7 +123,7 @@ def arguments(shape: Shape = SMALL, embed: int = 8, **options: Any) -> SimpleNam
         "state_bias": True, "mask_dead": False, "is_minus_one": True,
         "num_kernel": 3, "adv_hypernet_layers": 2, "adv_hypernet_embed": embed,
         "rnn_hidden_dim": HIDDEN, "qtran_arch": "qtran_paper", "network_size": "small",
-        "central_mixing_embed_dim": embed, "central_action_embed": 1,
+        "central_mixing_embed_dim": embed, "central_action_embed": 1, "n_target_quantiles": QUANTILES,
     }  # fmt: skip
     return SimpleNamespace(**(fields | options))
 
@@ -126,7 +135,8 @@ def make(form: str, shape: Shape = SMALL, embed: int = 8, **options: Any) -> Mix
 
 def data(form: str, *lead: int, shape: Shape = SMALL, dtype: torch.dtype = torch.float64) -> Inputs:
     """Random inputs; the largest utilities are the largest, and some agents act not at all."""
-    embed = FORMS[form].get("central_action_embed", 1)
+    kind = REGISTRY[form.partition("/")[0]]
+    embed = QUANTILES if issubclass(kind, mixers.QuantileMixer) else FORMS[form].get("central_action_embed", 1)
     agent_qs = torch.randn(*lead, shape.n_agents, dtype=dtype)
     actions = joint_actions(shape, *lead).clamp(min=-1)
     table = torch.cat([torch.zeros(1, shape.n_actions), torch.eye(shape.n_actions)]).to(dtype)
@@ -145,7 +155,7 @@ def call(mixer: Callable[..., Any], given: Inputs, kind: Mixer | None = None) ->
     """Everything that the kind's call returns. `mixer` may be a stand-in that is called like `kind`."""
     kind = kind or (mixer if isinstance(mixer, Mixer) else None)
     q, s, actions = given.agent_qs, given.states, given.actions
-    if isinstance(kind, mixers.QMixerCentralFF | mixers.QMixerCentralAtten):
+    if isinstance(kind, mixers.QMixerCentralFF | mixers.QMixerCentralAtten | mixers.QuantileMixer):
         return [mixer(given.central_qs, s)]
     if isinstance(kind, mixers.StateMixer):
         return [mixer(q, s)]
@@ -189,6 +199,23 @@ def public_form(mixer: Mixer, given: Inputs) -> list[Tensor]:
         return [q.sum(-1, keepdim=True)]
     if isinstance(mixer, mixers.MonotonicMixer):
         return [_monotonic(mixer, q, s)]
+    if isinstance(mixer, mixers.DDNMixer):
+        return [given.central_qs.sum(-2, keepdim=True)]
+    if isinstance(mixer, mixers.DMixer):
+        means = given.central_qs.mean(-1, keepdim=True)
+        nets = (m.hyper_w_1, m.hyper_b_1, m.hyper_w_final, m.V)
+        mixed = _mixing_network(nets, torch.abs, means.squeeze(-1), s)
+        return [mixed.unsqueeze(-1) + (given.central_qs - means).sum(-2, keepdim=True)]
+    if isinstance(mixer, mixers.ResZCentralFF):
+        return [m.net(torch.cat([s, given.central_qs.flatten(-2)], -1)).unsqueeze(-2)]
+    if isinstance(mixer, mixers.DattenMixer | mixers.ResZCentralAtten):
+        heads = m.head_embedding_layer(s).abs() if m.weighted else torch.ones_like(s[..., :1])
+        p, logits = _attention(m.query_embedding_layers, m.key_embedding_layers, q, s.detach(), s, m.own_size, None)
+        if isinstance(mixer, mixers.ResZCentralAtten):
+            p = logits / m.key_embedding_layers[0].out_features ** 0.5
+        each_head = (p.unsqueeze(-1) * given.central_qs.unsqueeze(-3)).sum(-2)
+        mixed = (heads.unsqueeze(-1) * each_head).sum(-2, keepdim=True)
+        return [mixed + m.constrant_value_layer(s).unsqueeze(-1)]
     if isinstance(mixer, mixers.QattenMixer):
         heads = m.head_embedding_layer(s).abs() if m.weighted else torch.ones_like(s[..., :1])
         p, _ = _attention(m.query_embedding_layers, m.key_embedding_layers, q, s.detach(), s, m.own_size, None)
@@ -245,9 +272,15 @@ def _monotonic(mixer: mixers.MonotonicMixer, agent_qs: Tensor, states: Tensor) -
         "quadratic": lambda w: w * w / 2,
         "none": lambda w: w,
     }
-    make_positive = positive[mixer.positivity]
+    return _mixing_network(nets, positive[mixer.positivity], agent_qs, states)
+
+
+def _mixing_network(
+    nets: Sequence[Any], make_positive: Callable[[Tensor], Tensor], agent_qs: Tensor, states: Tensor
+) -> Tensor:
+    """`nets` generate `w1`, `b1`, `w2` and `v`, in this order."""
     w1, b1, w2, v = (net(states) for net in nets)
-    w1 = make_positive(w1).unflatten(-1, (mixer.n_agents, -1))
+    w1 = make_positive(w1).unflatten(-1, (agent_qs.shape[-1], -1))
     hidden = nn.functional.elu(torch.einsum("...a,...ae->...e", agent_qs, w1) + b1)
     return (hidden * make_positive(w2)).sum(-1, keepdim=True) + v
 

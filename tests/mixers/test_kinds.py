@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmix
-from fastmix.mixers import REGISTRY, ActionMixer, Mixer, StateMixer, load_pymarl
+from fastmix.mixers import REGISTRY, ActionMixer, Mixer, QuantileMixer, StateMixer, load_pymarl
 from fastmix.testing import assert_close, rms_ratio
 from tests.generators import ODD_ROWS, SHAPES, non_contiguous, odd_shapes
 from tests.mixers.kinds import FORMS, RUNS, SMALL, UNUSED, arguments, call, data, joint, make, public_form
@@ -251,7 +251,11 @@ KEYS = {
     "central_ff": mlp("net", 0, 2, 4, 6) | mlp("V", 0, 2),
     "central_atten": mlp("atten_layer", 0, 2) | mlp("net", 0, 2, 4) | mlp("V", 0, 2),
     "powqmix_recogniser": mlp("hyper_w1", 0, 2) | mlp("hyper_w2", 0, 2) | mlp("V", 0, 2),
+    "ddn": set(),
+    "resz_central_ff": mlp("net", 0, 2, 4),
 }
+KEYS |= {"dmix": KEYS["qmix"], "dmix/one_layer": KEYS["qmix/one_layer"]}
+KEYS |= {"datten": KEYS["qatten_pymarl2"], "resz_central_atten": KEYS["qatten_pymarl2"]}
 
 
 @pytest.mark.parametrize("form", KEYS)
@@ -307,6 +311,12 @@ def test_parameter_counts_of_the_papers() -> None:
         "n_head_embedding_layer2": 4, "n_constrant_value": 32,
     }  # fmt: skip
     assert count("qatten_pymarl2", "MMM2", **qatten) == 123_333
+    # DMIX: 85K, and its larger form 350K. ResZ: 316K, of two attention mixers and an unrestricted one.
+    assert count("dmix", "MMM2") == 84_929
+    assert count("dmix", "MMM2", mixing_embed_dim=227) == 350_519
+    central = {"central_mixing_embed_dim": 128, "n_target_quantiles": 8}
+    resz = [count(kind, "MMM2", **qatten) for kind in ("datten", "resz_central_atten")]
+    assert sum(resz) + count("resz_central_ff", "MMM2", **central) == 315_794
 
 
 @pytest.mark.parametrize(
@@ -322,6 +332,10 @@ def test_parameter_counts_of_the_papers() -> None:
         ("central_ff", {"use_orthogonal"}),
         ("central_atten", set()),
         ("powqmix_recogniser", {"use_orthogonal"}),
+        ("dmix", {"use_orthogonal", "hypernet_layers"}),
+        ("datten", {"use_orthogonal"}),
+        ("resz_central_atten", {"use_orthogonal"}),
+        ("resz_central_ff", {"use_orthogonal"}),
     ],
 )
 def test_fields_that_are_read(kind: str, optional: set[str]) -> None:
@@ -369,6 +383,10 @@ def test_fields_that_are_read(kind: str, optional: set[str]) -> None:
         ("central_ff", {"central_action_embed": 0}, "central_action_embed must be a positive int"),
         ("central_atten", {"central_action_embed": 2}, "central_action_embed must be 1 for this mixer, got 2"),
         ("powqmix_recogniser", {"hypernet_embed": 0}, "hypernet_embed must be a positive int"),
+        ("dmix", {"hypernet_layers": 3}, "hypernet_layers must be one of 1, 2, got 3"),
+        ("datten", {"agent_own_state_size": True}, "agent_own_state_size must be a positive int, got True"),
+        ("resz_central_atten", {"agent_own_state_size": 3}, "agent_own_state_size must be at most .* = 2, got 3"),
+        ("resz_central_ff", {"n_target_quantiles": 0}, "n_quantiles must be a positive int, got 0"),
     ],
 )
 def test_wrong_sizes_raise(form: str, options: dict[str, Any], message: str) -> None:
@@ -378,7 +396,19 @@ def test_wrong_sizes_raise(form: str, options: dict[str, Any], message: str) -> 
 
 @pytest.mark.parametrize(
     "kind",
-    ["qmix", "nmix", "qatten_pymarl2", "qtran_base", "qplex_dmaq", "qplex_lambda", "central_ff", "powqmix_recogniser"],
+    [
+        "qmix",
+        "nmix",
+        "qatten_pymarl2",
+        "qtran_base",
+        "qplex_dmaq",
+        "qplex_lambda",
+        "central_ff",
+        "powqmix_recogniser",
+        "dmix",
+        "datten",
+        "resz_central_ff",
+    ],
 )
 def test_orthogonal_initialisation(kind: str) -> None:
     for layer in make(kind, use_orthogonal=True).modules():
@@ -498,4 +528,60 @@ def test_recogniser_tells_its_weights() -> None:
 def test_printed_sizes(kind: str) -> None:
     mixer = make(kind)
     assert isinstance(mixer, Mixer)
-    assert kind == "vdn" or f"n_agents={SMALL.n_agents}" in repr(mixer)
+    assert kind in ("vdn", "ddn") or f"n_agents={SMALL.n_agents}" in repr(mixer)
+
+
+# ------------------------------------------------------------------------------------------------------- distributions
+
+
+QUANTILE_FORMS = [form for form in FORMS if isinstance(make(form), QuantileMixer)]
+
+
+@pytest.mark.parametrize("form", QUANTILE_FORMS)
+@pytest.mark.parametrize("quantiles", [1, 3, 17, 32])
+def test_any_number_of_quantiles(form: str, quantiles: int) -> None:
+    mixer: Any = make(form, n_target_quantiles=quantiles).double()
+    given = data(form, 4, 6)
+    given = given._replace(central_qs=torch.randn(4, 6, 3, quantiles, dtype=torch.float64))
+    z_tot = mixer(given.central_qs, given.states)
+    assert z_tot.shape == (4, 6, 1, quantiles)
+    assert_close(z_tot, public_form(mixer, given)[0], 1e-12)
+    assert torch.equal(z_tot, mixer(given.central_qs, given.states, True))  # PyMARL's third argument
+
+
+def test_an_unrestricted_mixer_takes_the_quantiles_it_was_built_for() -> None:
+    mixer, given = make("resz_central_ff"), data("resz_central_ff", 4, 6, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"with 5 quantiles, which the mixer was built for, got shape \(4, 6, 3, 4\)"):
+        mixer(given.central_qs[..., 1:], given.states)
+
+
+@pytest.mark.parametrize("form", QUANTILE_FORMS)
+def test_wrong_distributions_raise(form: str) -> None:
+    mixer, given = make(form), data(form, 4, 6, dtype=torch.float32)
+    bad: list[tuple[Any, str]] = [
+        (given.central_qs.long(), "floating"),
+        (given.central_qs[0, 0, 0], r"agent_qs must be \[..., n_agents, quantiles\]"),
+        (given.central_qs[..., :0], r"agent_qs must be \[..., n_agents, quantiles\]"),
+        (None, "torch.Tensor"),
+    ]
+    if form != "ddn":
+        bad.append((given.central_qs[..., 1:, :], r"n_agents = 3, got shape \(4, 6, 2, 5\)"))
+    for agent_qs, message in bad:
+        with pytest.raises((ValueError, TypeError), match=message):
+            mixer(agent_qs, given.states)
+    if form != "ddn":
+        with pytest.raises(ValueError, match=r"states must be .*7"):
+            mixer(given.central_qs, given.states[..., 1:])
+
+
+@pytest.mark.parametrize("form", ["ddn", "dmix", "datten"])
+def test_means_are_mixed_monotonically(form: str) -> None:
+    """The mean of the joint distribution depends on the agents' means only, and falls in none of them."""
+    mixer: Any = make(form).double()
+    given = data(form, 4, 6).map(Tensor.requires_grad_)
+    mean = mixer(given.central_qs, given.states).mean(-1)
+    (slopes,) = torch.autograd.grad(mean.sum(), given.central_qs)
+    assert (slopes >= 0).all()
+    assert_close(slopes, slopes[..., :1].expand_as(slopes), 1e-12)
+    reshaped = given.central_qs.flip(-1)  # other shapes, the same means
+    assert_close(mixer(reshaped, given.states).mean(-1), mean, 1e-12)
