@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import fastmix
 from fastmix import agents, backends, mixers
 from fastmix.algorithms import Algorithm, AlgorithmConfig, EpisodeBatch, Scheme, make
+from fastmix.algorithms.distributional import Distributional
 from fastmix.mixers.base import attended
 from fastmix.ops import returns
 from fastmix.testing import assert_close, poisoned_allocations, rms_ratio
@@ -26,8 +27,8 @@ from fastmix.testing.golden import Golden
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 PENDING: Mapping[str, str] = {
-    "resz.*": "arrives with ResZ",
-    "dfac.*": "arrives with DDN and DMIX",
+    "dfac.iqn_agent": "arrives with the agent iqn_rnn",
+    "dfac.quantile_huber": "arrives with the operator quantile",
     "refil.*": "arrives with REFIL",
     "env.stag_hunt": "arrives with predator-prey",
 }
@@ -168,16 +169,20 @@ def find_rule(golden: Golden) -> Rule | str:
 
 RESQ_KINDS = {"qmixer": "qmix", "qatten": "qatten_pymarl2"}
 """ResQ's name of a mixer -> its kind, where they differ"""
+RESZ_KINDS = {"atten": "resz_central_atten", "ff": "resz_central_ff"}
+RESZ_KINDS |= {f"central_{name}": kind for name, kind in RESZ_KINDS.items()}
+"""ResZ's name of a mixer (as a residual, and the files') -> its kind, where they differ"""
 
 
 def make_mixer(golden: Golden, setting: Setting) -> mixers.Mixer:
     """The mixer a file describes, with its parameters."""
     args = mixer_args(golden)
-    kind = golden.kind.removeprefix("resq.")
+    family, _, kind = golden.kind.rpartition(".")
     if kind == "nmix":
         mixer: mixers.Mixer = mixers.NMixer.from_args(args, abs=golden.config.get("ctor_abs", True))
     else:
-        mixer = mixers.REGISTRY[RESQ_KINDS.get(kind, kind)].from_args(args)
+        kinds = RESZ_KINDS if family == "resz" else RESQ_KINDS
+        mixer = mixers.REGISTRY[kinds.get(kind, kind)].from_args(args)
     load(mixer, golden.params, setting)
     return mixer
 
@@ -186,6 +191,11 @@ def check_mixer(golden: Golden, setting: Setting) -> None:
     mixer, inputs = make_mixer(golden, setting), leaf_inputs(golden, setting)
     q_tot = mixer(inputs["agent_qs"], inputs.get("states"))
     compare(golden, setting, {"q_tot": q_tot}, mixer, inputs)
+
+
+def check_quantile_mixer(golden: Golden, setting: Setting) -> None:
+    mixer, inputs = make_mixer(golden, setting), leaf_inputs(golden, setting)
+    compare(golden, setting, {"z_tot": mixer(inputs["agent_qs"], inputs["states"])}, mixer, inputs)
 
 
 def check_qatten(golden: Golden, setting: Setting) -> None:
@@ -250,7 +260,9 @@ def check_qplex_lambda(golden: Golden, setting: Setting) -> None:
 def mixer_args(golden: Golden) -> SimpleNamespace:
     """The PyMARL namespace a file describes."""
     config = dict(golden.config)
-    if golden.kind.startswith("resq."):  # short names of sizes; the published yaml has two-layer hypernets
+    if golden.kind.startswith(
+        ("resq.", "resz.", "dfac.")
+    ):  # short names of sizes; the published yaml has two-layer hypernets
         config = {"hypernet_layers": 2, **config, "mixing_embed_dim": config["E"], "hypernet_embed": config["H"]}
         config = {"central_action_embed": 1, **config, "central_mixing_embed_dim": config["C"]}
         for name in ("n_query_embedding_layer1", "n_head_embedding_layer1"):
@@ -258,7 +270,7 @@ def mixer_args(golden: Golden) -> SimpleNamespace:
         for name in ("n_query_embedding_layer2", "n_key_embedding_layer1", "n_constrant_value"):
             config[name] = config["att"][1]
         config |= {"n_attention_head": 4, "n_head_embedding_layer2": 4, "type": "weighted"}
-        config["agent_own_state_size"] = config["own"]
+        config |= {"agent_own_state_size": config["own"], "n_target_quantiles": config["Np"]}
     return SimpleNamespace(**config, n_agents=config["A"], n_actions=config["U"], state_shape=config["S"])
 
 
@@ -469,8 +481,9 @@ def _built(
 
 
 NETWORKS = {"mac": "agent", "rest_mac": "residual_agent", "rest_mixer": "residual_mixer"}
+NETWORKS |= {"res_mac": "residual_agent", "res_mixer": "residual_mixer", "target_mac": "target_agent"}
 NETWORKS |= {"central_mac": "central_agent", "target_central_mac": "target_central_agent"}
-"""ResQ's name of a network -> ours"""
+"""ResQ's, ResZ's or DFAC's name of a network -> ours"""
 
 
 def _by_name(golden: Golden, section: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -655,15 +668,7 @@ def check_resq(golden: Golden, setting: Setting) -> None:
     """The released step, and the paper's (`signed`)."""
     config = golden.config
     over: dict[str, Any] = dict(config.get("over", {}))
-    settings: dict[str, Any] = {
-        "rnn_hidden_dim": config["R"], "mixing_embed_dim": config["E"], "hypernet_embed": config["H"],
-        "central_mixing_embed_dim": config["C"], "unit_dim": config["own"],
-        "compat": "paper" if config.get("signed") else "released",
-    }  # fmt: skip
-    for name in ("n_query_embedding_layer1", "n_head_embedding_layer1"):
-        settings[name] = config["att"][0]
-    for name in ("n_query_embedding_layer2", "n_constrant_value"):
-        settings[name] = config["att"][1]
+    settings = _sizes(config) | {"compat": "paper" if config.get("signed") else "released"}
     for ours, theirs in (("mixer", "mixer"), ("residual_mixer", "rest_mixer")):
         if theirs in over:
             kind = over.pop(theirs)
@@ -690,6 +695,68 @@ def check_resq(golden: Golden, setting: Setting) -> None:
         "q_res_for_noopt": -free.abs() if c.residual_negative_abs else free,
         "target_max_qvals": terms["target_q_tot"],
     }
+    compare_live(golden, setting, actual)
+    check_step(golden, setting, built(), batch)
+
+
+def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Widths of networks, which the files of ResQ, ResZ and DFAC have under short names."""
+    first, second = config["att"]
+    return {
+        "rnn_hidden_dim": config["R"], "mixing_embed_dim": config["E"], "hypernet_embed": config["H"],
+        "central_mixing_embed_dim": config["C"], "unit_dim": config["own"],
+        "n_query_embedding_layer1": first, "n_head_embedding_layer1": first,
+        "n_query_embedding_layer2": second, "n_constrant_value": second,
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- distributions
+
+
+TAU = {"agent": "main", "residual_agent": "res", "central_agent": "central"}
+TAU |= {"target_agent": "target", "target_central_agent": "target"}
+"""Network -> whose fractions in a file it has"""
+
+
+def check_distributional(golden: Golden, setting: Setting) -> None:
+    """A step of DFAC, or of ResZ as released or with its mask compared at the same step, at the file's fractions."""
+    config = golden.config
+    over: dict[str, Any] = dict(config.get("over", {}))
+    resz = golden.kind == "resz.learner"
+    name = "resz" if resz else over.pop("name", "dmix")
+    settings = _sizes(config) | {
+        "n_quantiles": config["N"], "n_target_quantiles": config["Np"], "quantile_embed_dim": config["QE"],
+        "compat": "released" if resz and not config.get("aligned") else "paper",
+    }  # fmt: skip
+    if "mixer" in over:
+        settings["mixer"] = over.pop("mixer") or "none"
+    if "res_mixer" in over:
+        kind = over.pop("res_mixer")
+        settings["residual_mixer"] = RESZ_KINDS.get(kind, kind)
+    if over.get("td_lambda") == 0:
+        settings["targets"] = "one_step"
+    settings |= {{"negative_abs": "residual_negative_abs"}.get(key, key): value for key, value in over.items()}
+
+    def built() -> Algorithm:
+        algorithm = _built(golden, setting, name, "paper", settings, config["T"])
+        assert isinstance(algorithm, Distributional)
+        per_agent = name == "diql"
+
+        def draw(batch: EpisodeBatch, network: str, purpose: str) -> Tensor:
+            tau = setting.tensor(golden.inputs[f"tau_{TAU[network]}"])
+            return tau if per_agent or tau.dim() == 3 else tau.squeeze(2)
+
+        algorithm._draw = draw  # type: ignore[method-assign]
+        return algorithm
+
+    batch = make_batch(golden, setting)
+    terms = built().losses(batch)
+    actual: Outputs = {**terms, "mask": batch.mask, "z_target": terms["target_z_tot"]}
+    if resz:
+        actual |= {
+            "targets": terms["z_targets"], "target_max_qvals": terms["target_z_tot"],
+            "quantile_loss": terms["qmix_loss"], "w_r": terms["w_r"].unsqueeze(-1),
+        }  # fmt: skip
     compare_live(golden, setting, actual)
     check_step(golden, setting, built(), batch)
 
@@ -816,6 +883,13 @@ RULES: Mapping[str, Rule] = {
     "learner/max_q_learner/qmix": _learner("monotonic", "unrestricted"),
     "powqmix_composed": _rule(check_powqmix, *_STEP, "monotonic", "unrestricted", "recognise"),
     "resq.learner": _rule(check_resq, *_STEP, "monotonic", "unrestricted", "attention"),
+    "dfac.ddn": _rule(check_quantile_mixer),
+    "*.dmix": _rule(check_quantile_mixer, "monotonic"),
+    "resz.datten": _rule(check_quantile_mixer, "attention"),
+    "resz.central_atten": _rule(check_quantile_mixer, "attention"),
+    "resz.central_ff": _rule(check_quantile_mixer, "unrestricted"),
+    "dfac.learner": _rule(check_distributional, *_STEP, "monotonic", "quantile"),
+    "resz.learner": _rule(check_distributional, *_STEP, "monotonic", "unrestricted", "attention", "quantile"),
     "replay_ring": Rule(check_replay_ring, (), (torch.float64,)),
     "epsilon_schedule": Rule(check_epsilon_schedule, (), (torch.float64,)),
 }

@@ -15,6 +15,10 @@ from fastmix.algorithms.batch import EpisodeBatch, Scheme
 from fastmix.algorithms.config import PRESETS, AlgorithmConfig
 from fastmix.algorithms.cw_qmix import CWQMIX
 from fastmix.algorithms.cw_qmix_5 import CWQMIX5
+from fastmix.algorithms.ddn import DDN
+from fastmix.algorithms.diql import DIQL
+from fastmix.algorithms.dmix import DMIX
+from fastmix.algorithms.dmix_larger import DMIXLarger
 from fastmix.algorithms.iql import IQL
 from fastmix.algorithms.ow_qmix import OWQMIX
 from fastmix.algorithms.ow_qmix_5 import OWQMIX5
@@ -29,6 +33,7 @@ from fastmix.algorithms.resq import ResQ
 from fastmix.algorithms.resq_mse import ResQMSE
 from fastmix.algorithms.resq_vdn import ResQVDN
 from fastmix.algorithms.resq_vdn_mse import ResQVDNMSE
+from fastmix.algorithms.resz import ResZ
 from fastmix.algorithms.vdn import VDN
 from fastmix.ops._checks import check_choice
 
@@ -52,6 +57,11 @@ REGISTRY: Final[dict[str, type[Algorithm]]] = {
     "resq_vdn_mse": ResQVDNMSE,
     "powqmix": POWQMIX,
     "powqmix_opt": POWQMIXOpt,
+    "diql": DIQL,
+    "ddn": DDN,
+    "dmix": DMIX,
+    "dmix_larger": DMIXLarger,
+    "resz": ResZ,
 }
 
 

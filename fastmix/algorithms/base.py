@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 import dataclasses
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar, Final
 
@@ -44,6 +45,8 @@ class Algorithm(abc.ABC):
     """Preset name -> what this algorithm sets over that preset."""
     mixer_kinds: ClassVar[tuple[str, ...]] = ()
     """Kinds of `fastmix.mixers.REGISTRY` that may mix its utilities."""
+    agent_kinds: ClassVar[tuple[str, ...]] = ("rnn", "n_rnn", "ff")
+    """Kinds of `fastmix.agents.REGISTRY` that may have them."""
 
     def __init__(
         self, scheme: Scheme, config: AlgorithmConfig, *, device: torch.device | str = "cpu", seed: int = 0
@@ -74,6 +77,7 @@ class Algorithm(abc.ABC):
     def check(cls, config: AlgorithmConfig) -> None:
         """Raise ValueError naming a hyper-parameter that this algorithm cannot have; `configure` calls it."""
         check_choice("mixer", config.mixer, cls.mixer_kinds)
+        check_choice("agent", config.agent, cls.agent_kinds)
 
     @abc.abstractmethod
     def losses(self, batch: EpisodeBatch) -> dict[str, Tensor]:
@@ -163,7 +167,7 @@ class Algorithm(abc.ABC):
         Returns:
             actions ``[n, A]`` int64 and the new hidden state.
         """
-        q, hidden = self._utilities(obs, last_actions, hidden)
+        q, hidden = self._utilities(obs, last_actions, hidden, generator)
         actions = select(q, avail_actions).greedy_actions
         if epsilon > 0:
             explore = torch.rand(actions.shape, generator=generator, device=self.device) < epsilon
@@ -243,7 +247,10 @@ class Algorithm(abc.ABC):
         c, s = self.config, self.scheme
         inputs = s.obs_dim + s.n_actions * c.obs_last_action + s.n_agents * c.obs_agent_id
         options: dict[str, Any] = {}
-        if c.agent != "ff":
+        if c.agent == "iqn_rnn":
+            options = {name: getattr(c, name) for name in ("n_quantiles", "n_target_quantiles", "n_approx_quantiles")}
+            options |= {"quantile_embed_dim": c.quantile_embed_dim, "per_agent_fractions": c.mixer == "none"}
+        elif c.agent != "ff":
             options = {"use_layer_norm": c.use_layer_norm, "use_rnn": c.use_rnn}
             options |= {"use_orthogonal": c.use_orthogonal, "gain": c.gain}
         return agents.REGISTRY[c.agent](inputs, s.n_actions, c.rnn_hidden_dim, **options)
@@ -288,21 +295,36 @@ class Algorithm(abc.ABC):
     ) -> list[RecurrentOutput]:
         """The agent networks ``names`` over whole sequences; all recurrent ones in one call."""
         networks = [self.networks[name] for name in names]
-        actions, ids = last_actions if self.config.obs_last_action else None, self.config.obs_agent_id
         gated = [n for n in networks if isinstance(n, agents.RNNAgent) and n.is_recurrent]
         if len(gated) < len(networks):
+            actions, ids = last_actions if self.config.obs_last_action else None, self.config.obs_agent_id
             others = [n for n in networks if isinstance(n, agents.Agent)]
             return [n.unroll(obs, hidden, actions, ids, return_hidden_states) for n in others]
-        outputs = recurrent(
-            obs, [n.params() for n in gated], None if hidden is None else [hidden] * len(gated),
-            last_actions=actions, agent_ids=ids, return_hidden_states=return_hidden_states,
-        )  # fmt: skip
+        outputs = self._recur(obs, last_actions, gated, hidden, return_hidden_states)
         return [n.finish(output) for n, output in zip(gated, outputs, strict=True)]
 
-    def _utilities(self, obs: Tensor, last_actions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """One acting step: ``[n, A, U]`` and the new hidden state."""
+    def _recur(
+        self,
+        obs: Tensor,
+        last_actions: Tensor,
+        networks: Sequence[agents.RNNAgent | agents.IQNRNNAgent],
+        hidden: Tensor | None = None,
+        return_hidden_states: bool = False,
+    ) -> list[RecurrentOutput]:
+        """What `fastmix.ops.recurrent` gives for networks over one input, in one call."""
+        c = self.config
+        return recurrent(
+            obs, [n.params() for n in networks], None if hidden is None else [hidden] * len(networks),
+            last_actions=last_actions if c.obs_last_action else None, agent_ids=c.obs_agent_id,
+            return_hidden_states=return_hidden_states,
+        )  # fmt: skip
+
+    def _utilities(
+        self, obs: Tensor, last_actions: Tensor, hidden: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """One acting step: ``[n, A, U]`` and the new hidden state; whatever is random in it is the generator's."""
         agent, c = self.networks["agent"], self.config
-        if isinstance(agent, agents.RNNAgent) and agent.is_recurrent:
+        if isinstance(agent, agents.IQNRNNAgent) or (isinstance(agent, agents.RNNAgent) and agent.is_recurrent):
             if self._stepper is None:
                 ids = self.scheme.n_agents if c.obs_agent_id else 0
                 self._stepper = Stepper(agent.params(), self.scheme.obs_dim, ids)

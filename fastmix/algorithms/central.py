@@ -57,6 +57,7 @@ class CentralCritic(Algorithm):
         """See `Algorithm.check`."""
         super().check(config)
         check_choice("targets", config.targets, GREEDY_KINDS)
+        check_choice("central_mixer", config.central_mixer, ("central_ff", "central_atten", "qmix_noabs", "vdn"))
 
     def _has_target(self, name: str) -> bool:
         return name in ("central_agent", "central_mixer") or (name == "agent" and not self.config.double_q)

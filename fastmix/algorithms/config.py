@@ -20,7 +20,9 @@ def option(default: Any, help: str) -> Any:
 class AlgorithmConfig:
     """Everything that decides what is learnt from given episodes, and how episodes are gathered for it."""
 
-    agent: str = option("rnn", "utility network: rnn, n_rnn (the same with pymarl2's options) or ff")
+    agent: str = option(
+        "rnn", "utility network: rnn, n_rnn (the same with pymarl2's options) or ff; of distributions: iqn_rnn"
+    )
     rnn_hidden_dim: int = option(64, "width of the utility network")
     use_rnn: bool = option(True, "False replaces the GRU of 'rnn' by a feed-forward layer (EPyMARL)")
     use_layer_norm: bool = option(False, "layer norm on the hidden state before the output layer (n_rnn)")
@@ -79,8 +81,20 @@ class AlgorithmConfig:
     opt_loss: float = option(1.0, "coefficient of QTRAN's loss at the greedy joint action")
     nopt_min_loss: float = option(0.1, "coefficient of QTRAN's loss at the joint action taken")
 
-    # central critic: CW/OW-QMIX, POWQMIX, ResQ
-    central_mixer: str = option("central_ff", "mixer of the central critic: central_ff, central_atten, qmix_noabs, vdn")
+    # distributions: DIQL, DDN, DMIX, ResZ
+    n_quantiles: int = option(8, "quantiles of a return in the loss")
+    n_target_quantiles: int = option(8, "samples of a return in a target")
+    n_approx_quantiles: int = option(32, "quantiles whose mean an agent acts by")
+    quantile_embed_dim: int = option(64, "cosine features of a fraction")
+    acting_fractions: str = option(
+        "random", "fractions that agents act by: random (drawn at every step), midpoints (fixed, nothing is drawn)"
+    )
+    kappa: float = option(1.0, "error from which the quantile loss is no longer quadratic")
+
+    # central critic: CW/OW-QMIX, POWQMIX, ResQ, ResZ
+    central_mixer: str = option(
+        "central_ff", "mixer of the central critic: central_ff, central_atten, qmix_noabs, vdn; ResZ: resz_central_ff"
+    )
     central_mixing_embed_dim: int = option(256, "width of unrestricted mixers")
     central_action_embed: int = option(1, "values that the central agent has for each action")
     central_loss: float = option(1.0, "coefficient of the central critic's loss")
@@ -95,10 +109,14 @@ class AlgorithmConfig:
     recogniser_target: bool = option(False, "recognise by a target copy of the recogniser")
     tolerance: float = option(0.05, "how far below the greedy joint value (in rewards) counts as potentially optimal")
 
-    # ResQ
-    residual_mixer: str = option("central_ff", "mixer of the residual: central_ff, vdn, qmix, qatten_pymarl2")
+    # ResQ, ResZ
+    residual_mixer: str = option(
+        "central_ff",
+        "mixer of the residual: central_ff, vdn, qmix, qatten_pymarl2; ResZ: resz_central_atten, resz_central_ff, "
+        "dmix, ddn",
+    )
     residual_negative_abs: bool = option(True, "keep the residual below 0 by -|.|; False: by a loss (ResQ-MSE)")
-    noopt_loss: float = option(1.0, "coefficient of ResQ-MSE's loss of residuals above 0")
+    noopt_loss: float = option(1.0, "coefficient of the loss of residuals above 0 that are kept there by it")
     condition: str = option(
         "max_action",
         "where the residual is masked: max_action (greedy joint action), max_larger (or a target above its value), "
@@ -134,12 +152,14 @@ class AlgorithmConfig:
             "batch_size", "buffer_size", "batch_size_run", "epsilon_anneal_time", "n_head", "num_kernel",
             "n_query_embedding_layer1", "n_query_embedding_layer2", "n_head_embedding_layer1", "n_constrant_value",
             "adv_hypernet_embed", "central_mixing_embed_dim", "central_action_embed", "recogniser_embed_dim",
-            "recogniser_hypernet_embed",
+            "recogniser_hypernet_embed", "n_quantiles", "n_target_quantiles", "n_approx_quantiles",
+            "quantile_embed_dim",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in (
-            "unit_dim", "w", "w_high", "attend_reg_coef", "opt_loss", "nopt_min_loss", "noopt_loss", "tolerance"
+            "unit_dim", "w", "w_high", "attend_reg_coef", "opt_loss", "nopt_min_loss", "noopt_loss", "tolerance",
+            "kappa",
         ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -153,10 +173,10 @@ class AlgorithmConfig:
 
 
 _CHOICES: Final[dict[str, tuple[Any, ...]]] = {
-    "agent": ("rnn", "n_rnn", "ff"),
+    "agent": ("rnn", "n_rnn", "ff", "iqn_rnn"),
     "mixer": (
         "none", "vdn", "qmix", "qmix_noabs", "nmix", "qatten_pymarl2", "qatten_pymarl", "qtran_base", "qplex_dmaq",
-        "qplex_dmaq_qatten",
+        "qplex_dmaq_qatten", "ddn", "dmix", "datten",
     ),
     "hypernet_layers": (1, 2),
     "qmix_pos_func": POSITIVITIES,
@@ -167,9 +187,12 @@ _CHOICES: Final[dict[str, tuple[Any, ...]]] = {
     "adv_hypernet_layers": (1, 2, 3),
     "qtran_arch": ("qtran_paper", "coma_critic"),
     "network_size": ("small", "big"),
-    "central_mixer": ("central_ff", "central_atten", "qmix_noabs", "vdn"),
+    "central_mixer": ("central_ff", "central_atten", "qmix_noabs", "vdn", "resz_central_ff"),
+    "acting_fractions": ("random", "midpoints"),
     "recogniser_weights": ("two_layer", "importance"),
-    "residual_mixer": ("central_ff", "vdn", "qmix", "qatten_pymarl2"),
+    "residual_mixer": (
+        "central_ff", "vdn", "qmix", "qatten_pymarl2", "resz_central_atten", "resz_central_ff", "dmix", "ddn",
+    ),
     "condition": ("max_action", "max_larger", "hysteretic", "none"),
 }  # fmt: skip
 

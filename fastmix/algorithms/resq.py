@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from fastmix._parts import part
 from fastmix.algorithms.batch import EpisodeBatch
 from fastmix.algorithms.central import CentralCritic, Critique, at_actions
+from fastmix.algorithms.config import AlgorithmConfig
 from fastmix.mixers import QMixerCentralFF
 from fastmix.ops import select, td_loss
+from fastmix.ops._checks import check_choice
 
 
 class ResQ(CentralCritic):
@@ -32,6 +34,12 @@ class ResQ(CentralCritic):
         "paper": {"lr": 1e-3, "targets": "td_lambda", "epsilon_anneal_time": 100_000}
     }
     mixer_kinds: ClassVar[tuple[str, ...]] = ("qmix", "vdn", "qatten_pymarl2", "nmix", "qmix_noabs")
+
+    @classmethod
+    def check(cls, config: AlgorithmConfig) -> None:
+        """See `Algorithm.check`."""
+        super().check(config)
+        check_choice("residual_mixer", config.residual_mixer, ("central_ff", "vdn", "qmix", "qatten_pymarl2"))
 
     def _build(self) -> dict[str, nn.Module]:
         networks = super()._build()

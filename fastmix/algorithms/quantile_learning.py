@@ -1,0 +1,76 @@
+"""Q-learning on a joint return distribution: the step that DIQL, DDN and DMIX share."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import Tensor, nn
+
+from fastmix._parts import part
+from fastmix.algorithms.batch import EpisodeBatch
+from fastmix.algorithms.distributional import Distributional, errors
+
+DFAC: Final[dict[str, Any]] = {"optimizer": "adam", "lr": 5e-4, "optim_eps": 1e-5, "double_q": False}
+"""What the public configurations of DFAC set over PyMARL's."""
+
+
+class QuantileLearning(Distributional):
+    """Unroll the agents, mix their distributions, learn towards a bootstrapped one (Sun et al. 2021, DFAC).
+
+    ``Z_tot = mix(Z_i(a_i; f), s)`` and samples ``y`` of the target from ``mix^-(Z_i^-(g_i; f'), s)``, where ``g`` is
+    greedy by means of the target agents' quantiles, or of the online ones' (``double_q``). The loss is
+    `fastmix.ops.quantile_loss` of both, times ``loss_scale``, as a mean over live transitions (and agents, where
+    nothing is mixed). Targets and fractions carry no gradient.
+    """
+
+    preset_overrides: ClassVar[dict[str, dict[str, Any]]] = {"pymarl": DFAC, "paper": DFAC}
+
+    def _build(self) -> dict[str, nn.Module]:
+        networks: dict[str, nn.Module] = {"agent": self._make_agent()}
+        if self.config.mixer != "none":
+            networks["mixer"] = self._make_mixer(self.config.mixer)
+        return networks
+
+    def losses(self, batch: EpisodeBatch) -> dict[str, Tensor]:
+        """See `Algorithm.losses`.
+
+        Also the distributions themselves, ``z_tot [B, T, K, N]`` and ``z_targets [B, T, K, N']``, the bootstrap values
+        ``target_z_tot [B, T + 1, K, N']``, ``greedy_actions [B, T + 1, A]`` and ``rewards [B, T, 1]`` as used.
+        """
+        c = self.config
+        with part("unrolls"):
+            online, target = self._trunks(batch.obs, batch.last_actions, "agent", "target_agent")
+        with part("quantiles"):
+            fractions = self._draw(batch, "agent", "policy")
+            target_fractions = self._draw(batch, "target_agent", "target")
+            agent_zs = self._agent("agent").quantiles(online[:, :-1], fractions[:, :-1], batch.actions[:, :-1])
+        with part("mixer"):
+            z_tot = self._mix("mixer", agent_zs, batch.states[:, :-1])
+
+        with torch.no_grad():
+            with part("select"):
+                by = ("agent", online, fractions) if c.double_q else ("target_agent", target, target_fractions)
+                greedy = self._greedy(*by, batch)
+                target_zs = self._agent("target_agent").quantiles(target, target_fractions, greedy)
+            with part("targets"):
+                bootstraps = self._mix("target_mixer", target_zs, batch.states)
+                rewards, targets = self._returns(batch, bootstraps)
+
+        with part("loss"):
+            loss = self._loss(z_tot, targets, fractions[:, :-1], batch, c.w_high)
+            terms = errors(z_tot, targets, batch.mask)
+        return terms | {
+            "loss": loss, "z_tot": z_tot, "z_targets": targets, "target_z_tot": bootstraps,
+            "greedy_actions": greedy, "rewards": rewards,
+        }  # fmt: skip
+
+    @torch.inference_mode()
+    def joint_quantiles(
+        self, obs: Tensor, last_actions: Tensor, avail_actions: Tensor, states: Tensor, actions: Tensor
+    ) -> dict[str, Tensor]:
+        """See `Distributional.joint_quantiles`: ``Z_jt``, or the sum of the agents' without a mixer."""
+        (hidden,) = self._trunks(obs, last_actions, "agent")
+        agent_zs = self._agent("agent").quantiles(hidden, self.midpoints(), actions)
+        z_tot = self._mix("mixer", agent_zs, states)
+        return {"Z_jt": z_tot} if "mixer" in self.networks else {"sum Z_i": z_tot.sum(-2, keepdim=True)}
