@@ -388,14 +388,14 @@ def check_step(golden: Golden, setting: Setting, algorithm: Algorithm, batch: Ep
     result = algorithm.step(batch)
     networks = {name: dict(algorithm.networks[name].named_parameters()) for name in algorithm.online}
     params = {f"{name}.{key}": param for name, own in networks.items() for key, param in own.items()}
-    compare_grads(golden, setting, params, _by_name(golden, golden.grads))
+    compare_grads(golden, setting, params, by_name(golden, golden.grads))
     outputs = golden.outputs
     if "grad_norm" in outputs:
         setting.close(result["grad_norm"], outputs["grad_norm"], "out/grad_norm")
     loss_name = next((name for name in ("loss/loss_td", "loss/loss", "loss") if name in outputs), None)
     if loss_name is not None:
         setting.close(result["loss"], outputs[loss_name], f"out/{loss_name}")
-    after, grads = _by_name(golden, golden.after), _by_name(golden, golden.grads)
+    after, grads = by_name(golden, golden.after), by_name(golden, golden.grads)
     for key, expected in after.items():
         if setting.dtype == torch.float32 and grads[key].abs().max() < ZERO:
             # Adam makes of the rounding of a gradient that cancels what it makes of any other: a step of up to lr.
@@ -468,7 +468,7 @@ def _built(
     algorithm = make(name, scheme, preset=preset, device=setting.device, **settings)
     if setting.dtype == torch.float64:
         algorithm.double()
-    params = _by_name(golden, golden.params)
+    params = by_name(golden, golden.params)
     for network, module in algorithm.networks.items():
         own = {key: value for key, value in params.items() if key.startswith(f"{network}.")}
         load(module, {key.removeprefix(f"{network}."): value for key, value in own.items()}, setting)
@@ -486,7 +486,7 @@ NETWORKS |= {"central_mac": "central_agent", "target_central_mac": "target_centr
 """ResQ's, ResZ's or DFAC's name of a network -> ours"""
 
 
-def _by_name(golden: Golden, section: dict[str, Tensor]) -> dict[str, Tensor]:
+def by_name(golden: Golden, section: dict[str, Tensor]) -> dict[str, Tensor]:
     """A learner's parameters, or what belongs to them, by `network.key`."""
     networks = golden.networks(section)
     return {f"{NETWORKS.get(name, name)}.{key}": t for name, own in networks.items() for key, t in own.items()}
@@ -666,23 +666,7 @@ def _powqmix_outputs(algorithm: Algorithm, batch: EpisodeBatch, terms: Outputs) 
 
 def check_resq(golden: Golden, setting: Setting) -> None:
     """The released step, and the paper's (`signed`)."""
-    config = golden.config
-    over: dict[str, Any] = dict(config.get("over", {}))
-    settings = _sizes(config) | {"compat": "paper" if config.get("signed") else "released"}
-    for ours, theirs in (("mixer", "mixer"), ("residual_mixer", "rest_mixer")):
-        if theirs in over:
-            kind = over.pop(theirs)
-            settings[ours] = RESQ_KINDS.get(kind, kind)
-    if over.pop("nomask", False):
-        settings["condition"] = "none"
-    if over.pop("hysteretic_qmix", False):
-        settings["condition"] = "hysteretic"
-    settings |= {NAMED.get(name, name): value for name, value in over.items()}
-
-    def built() -> Algorithm:
-        return _built(golden, setting, "resq", "paper", settings, config["T"])
-
-    batch, algorithm = make_batch(golden, setting), built()
+    batch, algorithm = make_batch(golden, setting), make_resq(golden, setting)
     terms = algorithm.losses(batch)
     free, c = terms["q_res"], algorithm.config
     losses = {name: terms.get(name, torch.zeros(())) for name in ("qmix_loss", "central_loss", "noopt_loss")}
@@ -696,7 +680,24 @@ def check_resq(golden: Golden, setting: Setting) -> None:
         "target_max_qvals": terms["target_q_tot"],
     }
     compare_live(golden, setting, actual)
-    check_step(golden, setting, built(), batch)
+    check_step(golden, setting, make_resq(golden, setting), batch)
+
+
+def make_resq(golden: Golden, setting: Setting) -> Algorithm:
+    """The ResQ that a file describes, released or (`signed`) the paper's, with its parameters."""
+    config = golden.config
+    over: dict[str, Any] = dict(config.get("over", {}))
+    settings = _sizes(config) | {"compat": "paper" if config.get("signed") else "released"}
+    for ours, theirs in (("mixer", "mixer"), ("residual_mixer", "rest_mixer")):
+        if theirs in over:
+            kind = over.pop(theirs)
+            settings[ours] = RESQ_KINDS.get(kind, kind)
+    if over.pop("nomask", False):
+        settings["condition"] = "none"
+    if over.pop("hysteretic_qmix", False):
+        settings["condition"] = "hysteretic"
+    settings |= {NAMED.get(name, name): value for name, value in over.items()}
+    return _built(golden, setting, "resq", "paper", settings, config["T"])
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
