@@ -743,11 +743,11 @@ def check_distributional(golden: Golden, setting: Setting) -> None:
         assert isinstance(algorithm, Distributional)
         per_agent = name == "diql"
 
-        def draw(batch: EpisodeBatch, network: str, purpose: str) -> Tensor:
+        def draw(network: str, episodes: int, steps: int, draws: Tensor | None = None) -> Tensor:
             tau = setting.tensor(golden.inputs[f"tau_{TAU[network]}"])
             return tau if per_agent or tau.dim() == 3 else tau.squeeze(2)
 
-        algorithm._draw = draw  # type: ignore[method-assign]
+        algorithm.draw = draw  # type: ignore[method-assign]
         return algorithm
 
     batch = make_batch(golden, setting)

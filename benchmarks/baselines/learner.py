@@ -65,6 +65,9 @@ class PublicConfig:
     residual_negative_abs: bool = True
     """ResQ's residual is ``-|.|``; without, a loss keeps it below 0"""
     noopt_loss: float = 1.0
+    n_quantiles: int = 8
+    """of `distributional`'s learners"""
+    n_target_quantiles: int = 8
     optimizer: str = "rmsprop"
     lr: float = 5e-4
     optimizer_eps: float = 1e-5

@@ -15,8 +15,11 @@ from fastmix.algorithms.config import AlgorithmConfig
 from fastmix.ops import quantile_loss, select
 from fastmix.ops._checks import check_choice
 
-STREAMS: Final = {"agent": 0, "residual_agent": 1, "central_agent": 2, "target_agent": 3, "target_central_agent": 4}
-"""Network -> the stream that its fractions come from, see `fastmix.ops.fractions`."""
+PURPOSES: Final = {
+    "agent": "policy", "residual_agent": "policy", "central_agent": "target", "target_agent": "target",
+    "target_central_agent": "target",
+}  # fmt: skip
+"""Network -> what its quantiles are for, which decides their number; each has a stream of fractions of its own."""
 
 
 class Distributional(Algorithm):
@@ -85,6 +88,17 @@ class Distributional(Algorithm):
         The first is that of the return; arguments are those of `joint_values`.
         """
 
+    def draw(self, name: str, episodes: int, steps: int, draws: Tensor | None = None) -> Tensor:
+        """Fractions of the network ``name`` at every stored step: ``[B, T + 1, N]``, or ``[B, T + 1, A, N]``.
+
+        Args:
+            name: an agent network.
+            episodes, steps: ``B`` and ``T + 1``.
+            draws: key and number of the draw; None for those of the next step.
+        """
+        key, stream = self.draws if draws is None else draws, list(PURPOSES).index(name)
+        return self._agent(name).draw(PURPOSES[name], key, episodes, steps, self.scheme.n_agents, stream=stream)
+
     def midpoints(self) -> Tensor:
         """The fixed fractions ``[K]`` at which what has been learnt is looked at."""
         return self._agent("agent").midpoints("approx")
@@ -112,10 +126,6 @@ class Distributional(Algorithm):
         outputs = self._recur(obs, last_actions, [self._agent(name) for name in names], return_hidden_states=True)
         states = [output.hidden_states for output in outputs]
         return [hidden for hidden in states if hidden is not None]
-
-    def _draw(self, batch: EpisodeBatch, name: str, purpose: str) -> Tensor:
-        """Fractions of the network ``name`` at every stored step: ``[B, T + 1, N]``, or ``[B, T + 1, A, N]``."""
-        return self._agent(name).draw(purpose, self.draws, *batch.obs.shape[:3], stream=STREAMS[name])
 
     def _greedy(self, name: str, hidden: Tensor, fractions: Tensor, batch: EpisodeBatch) -> Tensor:
         """``[B, T + 1, A]``: the actions whose mean over quantiles is largest by the network ``name``."""

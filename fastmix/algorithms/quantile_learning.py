@@ -42,8 +42,7 @@ class QuantileLearning(Distributional):
         with part("unrolls"):
             online, target = self._trunks(batch.obs, batch.last_actions, "agent", "target_agent")
         with part("quantiles"):
-            fractions = self._draw(batch, "agent", "policy")
-            target_fractions = self._draw(batch, "target_agent", "target")
+            fractions, target_fractions = (self.draw(name, *batch.obs.shape[:2]) for name in ("agent", "target_agent"))
             agent_zs = self._agent("agent").quantiles(online[:, :-1], fractions[:, :-1], batch.actions[:, :-1])
         with part("mixer"):
             z_tot = self._mix("mixer", agent_zs, batch.states[:, :-1])

@@ -85,7 +85,7 @@ class ResZ(Distributional):
         with part("unrolls"):
             hidden = dict(zip(names, self._trunks(batch.obs, batch.last_actions, *names), strict=True))
         with part("quantiles"):
-            fractions = {name: self._draw(batch, name, "policy" if name in names[:2] else "target") for name in names}
+            fractions = {name: self.draw(name, *batch.obs.shape[:2]) for name in names}
             taken, states = batch.actions[:, :-1], batch.states[:, :-1]
             main, residual, central = (
                 self._agent(name).quantiles(hidden[name][:, :-1], fractions[name][:, :-1], taken) for name in names[:3]

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from fastmix import mixers
-from fastmix.agents import RNNAgent
+from fastmix.agents import IQNRNNAgent, RNNAgent
 from fastmix.algorithms import Algorithm, AlgorithmConfig, EpisodeBatch, Scheme, make
 from fastmix.algorithms.central import CentralCritic
+from fastmix.algorithms.distributional import Distributional
 from fastmix.algorithms.q_learning import QLearning
 from fastmix.algorithms.qatten import Qatten
 from fastmix.algorithms.qplex import QPLEX
+from fastmix.algorithms.quantile_learning import QuantileLearning
 from fastmix.algorithms.resq import ResQ
+from fastmix.algorithms.resz import ResZ
 from fastmix.algorithms.weighted_qmix import WeightedQMIX
 from fastmix.experiments.bench import baselines
 from fastmix.experiments.bench.cases import (
@@ -38,7 +41,7 @@ from fastmix.train.learner import Delivery, Learner
 WHOLE: Final = "whole"
 WITH_BASELINE: Final = (
     "iql", "vdn", "qmix", "qmix_5", "qplex", "cw_qmix", "ow_qmix", "cw_qmix_5", "ow_qmix_5", "resq", "resq_mse", "resq_vdn",
-    "resq_vdn_mse", "powqmix", "powqmix_opt",
+    "resq_vdn_mse", "powqmix", "powqmix_opt", "diql", "ddn", "dmix", "dmix_larger", "resz",
 )  # fmt: skip
 """Algorithms whose public step is written in `fastmix.baselines`"""
 
@@ -153,15 +156,32 @@ def step_error(
                 network.load_state_dict(weights[name])
             batch = _rounded(batch).to(setting.device)
         tested: Callable[[], Mapping[str, Tensor]] = partial(ours.step, batch)
+        publics = [learner]
         if public:
-            tested = partial(public_learner(ours, scheme).step, public_batch(batch, scheme.n_actions))
+            publics.append(public_learner(ours, scheme))
+            tested = partial(publics[1].step, public_batch(batch, scheme.n_actions))
         errors = []
         for _ in range(2):
+            if isinstance(ours, Distributional):
+                for one in publics:
+                    one.draw = _same_fractions(ours)
             logged, expected = setting.entered(tested)(), learner.step(episodes)
             errors += [rms_ratio(logged[name], expected[name]) for name in ("loss", "grad_norm")]
         if setting.device == "cpu":
             errors += [rms_ratio(a, b) for a, b in parameter_pairs(ours, learner)]
     return largest(errors)
+
+
+def _same_fractions(ours: Distributional) -> Callable[..., Tensor]:
+    """`draw` of the public learners, with the fractions of the next step of ``ours``."""
+    draws = ours.draws.clone()
+
+    def draw(name: str, t: int, rows: int, n: int, like: Tensor) -> Tensor:
+        episodes = rows // ours.scheme.n_agents if ours.config.mixer == "none" else rows
+        fractions = ours.draw(name, episodes, ours.scheme.episode_limit + 1, draws)
+        return fractions[:, t].reshape(rows, n).to(like)
+
+    return draw
 
 
 def _step_error(algo: str, scheme: Scheme, preset: str, setting: Setting, public: bool = False) -> Error:
@@ -310,8 +330,9 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def _public_form(ours: Algorithm) -> tuple[Any, dict[str, Any]]:
     """The public learner's class and its settings."""
     config = ours.config
-    learner, central = baselines.load("learner"), baselines.load("central")
+    learner, central, quantile = (baselines.load(name) for name in ("learner", "central", "distributional"))
     forms: dict[type[Algorithm], Any] = {
+        ResZ: quantile.ResidualQuantileLearner, QuantileLearning: quantile.QuantileLearner,
         ResQ: central.ResidualLearner, WeightedQMIX: central.WeightedLearner, QPLEX: learner.DuplexLearner,
         Qatten: None, QLearning: learner.PublicLearner,
     }  # fmt: skip
@@ -319,14 +340,16 @@ def _public_form(ours: Algorithm) -> tuple[Any, dict[str, Any]]:
     if form is None:
         raise ValueError(f"no baseline is written for {type(ours).__name__}; try qmix")
     supported = {
-        "agent": config.agent in ("rnn", "n_rnn") and config.use_rnn,
+        "agent": config.agent in ("rnn", "n_rnn", "iqn_rnn") and config.use_rnn,
         "targets": config.targets in ("one_step", "td_lambda"),
-        "double_q": config.double_q or form is learner.PublicLearner,
+        "double_q": config.double_q or form is learner.PublicLearner or isinstance(ours, Distributional),
         "weighting": config.weighting == "none" or form is central.WeightedLearner,
         "central_action_embed": config.central_action_embed == 1 or not isinstance(ours, CentralCritic),
-        "condition": config.condition == "max_action" or not isinstance(ours, ResQ),
+        "condition": config.condition == "max_action" or not isinstance(ours, ResQ | ResZ),
         "recogniser_target": not config.recogniser_target,
-        "compat": config.compat == "paper" or not isinstance(ours, ResQ),
+        "compat": config.compat == "paper" or not isinstance(ours, ResQ | ResZ),
+        "n_target_quantiles": config.n_target_quantiles == config.n_quantiles or not isinstance(ours, ResZ),
+        "kappa": config.kappa == 1,
         "standardise_rewards": not config.standardise_rewards,
         "weight_decay": config.weight_decay == 0,
     }
@@ -341,20 +364,39 @@ def _public_form(ours: Algorithm) -> tuple[Any, dict[str, Any]]:
     }
     same = (
         "gamma", "double_q", "weighting", "w_high", "w", "central_loss", "recogniser_loss", "tolerance",
-        "residual_negative_abs", "noopt_loss", "optimizer", "lr", "grad_norm_clip", "obs_last_action", "obs_agent_id",
+        "residual_negative_abs", "noopt_loss", "n_quantiles", "n_target_quantiles", "optimizer", "lr", "grad_norm_clip", "obs_last_action", "obs_agent_id",
     )  # fmt: skip
     return form, settings | {name: getattr(config, name) for name in same}
 
 
 def _public_network(network: nn.Module, config: AlgorithmConfig, scheme: Scheme) -> nn.Module:
     """The public form of one of our networks, on its device."""
-    form = baselines.load("networks")
+    form, quantile = baselines.load("networks"), baselines.load("distributional")
     agents, actions, states = scheme.n_agents, scheme.n_actions, scheme.state_dim
     built: nn.Module
     match network:
         case RNNAgent():
             norm = network.layer_norm is not None
             built = form.CellAgent(network.input_dim, network.fc2.out_features, network.hidden_dim, norm)
+        case IQNRNNAgent():
+            built = quantile.QuantileAgent(
+                network.input_dim, network.n_actions, network.hidden_dim, network.phi.in_features
+            )
+        case mixers.DDNMixer():
+            return quantile.SumOfQuantiles()  # type: ignore[no-any-return]  # without parameters
+        case mixers.DMixer():
+            built = quantile.MeanShapeMixer(
+                agents, states, config.mixing_embed_dim, config.hypernet_layers, config.hypernet_embed
+            )
+        case mixers.DattenMixer() | mixers.ResZCentralAtten() if network.weighted:
+            widths = (
+                config.n_head, config.n_query_embedding_layer1, config.n_query_embedding_layer2,
+                config.n_head_embedding_layer1, config.n_constrant_value,
+            )  # fmt: skip
+            built = quantile.QuantileAttention(agents, states, network.own_size, widths, network.softmax)
+        case mixers.ResZCentralFF():
+            width = config.central_mixing_embed_dim
+            built = quantile.UnrestrictedQuantiles(agents, states, network.n_quantiles, width)
         case mixers.VDNMixer():
             return form.VDNMixer()  # type: ignore[no-any-return]  # without parameters
         case mixers.QMixer() | mixers.NMixer() if network.positivity == "abs":
