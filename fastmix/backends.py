@@ -33,7 +33,7 @@ TABLE: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "monotonic": {"cpu": ("native", "reference", "triton"), "cuda": ("native", "triton", "reference")},
     "recurrent": {"cpu": ("native", "reference", "cudnn"), "cuda": ("native", "cudnn", "reference")},
     # So far plain PyTorch everywhere.
-    **{op: {} for op in ("attention", "duplex", "importance", "recognise", "unrestricted")},
+    **{op: {} for op in ("attention", "duplex", "importance", "quantile", "recognise", "unrestricted")},
 }
 
 NATIVE_DTYPES: Final = (torch.float32, torch.float64)
