@@ -37,8 +37,8 @@ from fastmix.train.learner import Delivery, Learner
 
 WHOLE: Final = "whole"
 WITH_BASELINE: Final = (
-    "iql", "vdn", "qmix", "qmix_5", "qplex", "cw_qmix", "ow_qmix", "cw_qmix_5", "ow_qmix_5", "resq", "resq_mse", "resq_vdn",
-    "resq_vdn_mse", "powqmix", "powqmix_opt",
+    "iql", "vdn", "qmix", "qmix_5", "qplex", "cw_qmix", "ow_qmix", "cw_qmix_5", "ow_qmix_5", "resq", "resq_mse",
+    "resq_vdn", "resq_vdn_mse", "powqmix", "powqmix_opt",
 )  # fmt: skip
 """Algorithms whose public step is written in `fastmix.baselines`"""
 
