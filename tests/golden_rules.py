@@ -747,7 +747,7 @@ def check_distributional(golden: Golden, setting: Setting) -> None:
             tau = setting.tensor(golden.inputs[f"tau_{TAU[network]}"])
             return tau if per_agent or tau.dim() == 3 else tau.squeeze(2)
 
-        algorithm.draw = draw  # type: ignore[method-assign]
+        algorithm.draw = draw  # type: ignore[assignment,method-assign]
         return algorithm
 
     batch = make_batch(golden, setting)
@@ -885,7 +885,7 @@ RULES: Mapping[str, Rule] = {
     "powqmix_composed": _rule(check_powqmix, *_STEP, "monotonic", "unrestricted", "recognise"),
     "resq.learner": _rule(check_resq, *_STEP, "monotonic", "unrestricted", "attention"),
     "dfac.ddn": _rule(check_quantile_mixer),
-    "*.dmix": _rule(check_quantile_mixer, "monotonic"),
+    "*.dmix": _rule(check_quantile_mixer, "monotonic", "quantile"),
     "resz.datten": _rule(check_quantile_mixer, "attention"),
     "resz.central_atten": _rule(check_quantile_mixer, "attention"),
     "resz.central_ff": _rule(check_quantile_mixer, "unrestricted"),

@@ -127,26 +127,16 @@ def learner_files() -> list[Any]:
         mixed = config["mixer"] in ("vdn", "qmix", "dmaq")
         if mixed and config["learner"] in PUBLIC_LEARNERS and not elsewhere:
             params.append(pytest.param(golden, id=golden.name))
+    for path in sorted(folder(Path(__file__).parent / "golden").glob("resq.learner.*signed*.npz")):
+        params.append(pytest.param(load(path), id=path.stem))
     return params
 
 
 @pytest.mark.parametrize("golden", learner_files())
 def test_baseline_is_the_public_step(golden: Golden) -> None:
     setting = Setting("reference", torch.float64, "cpu")
-    check_baseline(golden, make_learner(golden, setting), make_batch(golden, setting))
-
-
-RESQ_FILES = [p for p in folder(Path(__file__).parent / "golden").glob("resq.learner.*.npz") if "signed" in p.name]
-
-
-@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in sorted(RESQ_FILES)])
-def test_baseline_of_resq_is_the_papers_step(path: Path) -> None:
-    setting, golden = Setting("reference", torch.float64, "cpu"), load(path)
-    check_baseline(golden, make_resq(golden, setting), make_batch(golden, setting))
-
-
-def check_baseline(golden: Golden, ours: Any, batch: Any) -> None:
-    """Loss, gradient norm and parameters after a step of the public way, against the file's."""
+    build = make_resq if "learner" in golden.name else make_learner
+    ours, batch = build(golden, setting), make_batch(golden, setting)
     with steps.default_dtype(torch.float64):
         learner = steps.public_learner(ours, ours.scheme)
     out = learner.step(steps.public_batch(batch, ours.scheme.n_actions))

@@ -1,7 +1,7 @@
 """One learner step of CW- and OW-QMIX, POWQMIX and ResQ as the public trainers write it.
 
-All have a central critic with agents of its own. The released learners also unroll target copies of the agents that no
-loss reads; so do these. POWQMIX has no public code: its step is pymarl2's learner of CW-QMIX, on which the paper builds,
+All have a central critic with agents of its own. The released learners also unroll target copies of agents that no
+loss reads; so do these. POWQMIX has no public code: its step is pymarl2's learner of CW-QMIX, which the paper builds on,
 with the recogniser beside it. ResQ has the paper's residual, ``-|.|``, where its released code forgets the sign.
 """
 
@@ -17,9 +17,9 @@ class CentralLearner(PublicLearner):
     """``agent``, ``mixer``, ``central_agent`` and ``central_mixer``; the critic gives the targets of everything."""
 
     def _criticise(self, agent_qs: Tensor, batch: PublicBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Targets and the target critic's greedy values ``[B, T, 1]``, the critic's loss, joint actions that are greedy.
+        """Targets, the target critic's greedy values, the critic's loss, and which joint actions are greedy.
 
-        ``agent_qs [B, T + 1, A, U]`` are the decentralised agents' values.
+        All but the loss are ``[B, T, 1]``; ``agent_qs [B, T + 1, A, U]`` are the decentralised agents'.
         """
         config = self.config
         central_qs = gather_actions(self._unroll("central_agent", batch)[:, :-1], batch.actions[:, :-1])

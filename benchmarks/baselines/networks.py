@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -194,7 +196,7 @@ class Recogniser(nn.Module):
 
 def _network(*sizes: int) -> nn.Module:
     """Linear layers with ReLU between them; a single one is a bare `nn.Linear`."""
-    linear = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    linear = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
     if len(linear) == 1:
         return linear[0]
     layers: list[nn.Module] = [linear[0]]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from fastmix._modules import check_positive, flat_size, mlp, orthogonal_init_
 from fastmix.mixers.base import QuantileMixer, check_agent_zs, flat_states
 from fastmix.mixers.qmix import hypernet, hypernet_params, qmixer_args
-from fastmix.ops.monotonic import MonotonicParams, monotonic
+from fastmix.ops.monotonic import MonotonicParams
+from fastmix.ops.quantile import quantile_mix
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,9 +72,7 @@ class DMixer(QuantileMixer):
         """See `QuantileMixer.forward`. Raises `ValueError`/`TypeError` naming the argument that is wrong."""
         check_agent_zs(agent_qs, self.n_agents)
         states = flat_states(states, agent_qs.shape[:-2], self.state_dim)
-        means = agent_qs.mean(-1)
-        shift = monotonic(means, states, self.params()) - means.sum(-1, keepdim=True)
-        return agent_qs.sum(-2, keepdim=True) + shift.unsqueeze(-1)
+        return quantile_mix(agent_qs, states, self.params()).unsqueeze(-2)
 
     def params(self) -> MonotonicParams:
         """The weights in the order of `fastmix.ops.monotonic`, read from the layers now (not copies)."""

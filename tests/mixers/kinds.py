@@ -64,7 +64,8 @@ OPS = {
     "qplex_dmaq_qatten": ("attention", "duplex"),
     "qplex_lambda": ("importance",),
     "powqmix_recogniser": ("recognise",),
-    **dict.fromkeys(("qmix", "qmix_noabs", "nmix", "dmix"), ("monotonic",)),
+    **dict.fromkeys(("qmix", "qmix_noabs", "nmix"), ("monotonic",)),
+    "dmix": ("monotonic", "quantile"),
     **dict.fromkeys(("qtran_base", "qtran_alt", "central_ff", "central_atten", "resz_central_ff"), ("unrestricted",)),
 }
 """Kind -> the ops it runs"""

@@ -40,8 +40,8 @@ from fastmix.train.learner import Delivery, Learner
 
 WHOLE: Final = "whole"
 WITH_BASELINE: Final = (
-    "iql", "vdn", "qmix", "qmix_5", "qplex", "cw_qmix", "ow_qmix", "cw_qmix_5", "ow_qmix_5", "resq", "resq_mse", "resq_vdn",
-    "resq_vdn_mse", "powqmix", "powqmix_opt", "diql", "ddn", "dmix", "dmix_larger", "resz",
+    "iql", "vdn", "qmix", "qmix_5", "qplex", "cw_qmix", "ow_qmix", "cw_qmix_5", "ow_qmix_5", "resq", "resq_mse",
+    "resq_vdn", "resq_vdn_mse", "powqmix", "powqmix_opt", "diql", "ddn", "dmix", "dmix_larger", "resz",
 )  # fmt: skip
 """Algorithms whose public step is written in `fastmix.baselines`"""
 
@@ -364,7 +364,8 @@ def _public_form(ours: Algorithm) -> tuple[Any, dict[str, Any]]:
     }
     same = (
         "gamma", "double_q", "weighting", "w_high", "w", "central_loss", "recogniser_loss", "tolerance",
-        "residual_negative_abs", "noopt_loss", "n_quantiles", "n_target_quantiles", "optimizer", "lr", "grad_norm_clip", "obs_last_action", "obs_agent_id",
+        "residual_negative_abs", "noopt_loss", "n_quantiles", "n_target_quantiles", "optimizer", "lr",
+        "grad_norm_clip", "obs_last_action", "obs_agent_id",
     )  # fmt: skip
     return form, settings | {name: getattr(config, name) for name in same}
 
