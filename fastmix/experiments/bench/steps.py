@@ -384,7 +384,7 @@ def _public_network(network: nn.Module, config: AlgorithmConfig, scheme: Scheme)
                 network.input_dim, network.n_actions, network.hidden_dim, network.phi.in_features
             )
         case mixers.DDNMixer():
-            return quantile.SumOfQuantiles()  # type: ignore[no-any-return]  # without parameters
+            return quantile.SumOfQuantiles()  # without parameters
         case mixers.DMixer():
             built = quantile.MeanShapeMixer(
                 agents, states, config.mixing_embed_dim, config.hypernet_layers, config.hypernet_embed
@@ -399,7 +399,7 @@ def _public_network(network: nn.Module, config: AlgorithmConfig, scheme: Scheme)
             width = config.central_mixing_embed_dim
             built = quantile.UnrestrictedQuantiles(agents, states, network.n_quantiles, width)
         case mixers.VDNMixer():
-            return form.VDNMixer()  # type: ignore[no-any-return]  # without parameters
+            return form.VDNMixer()  # without parameters
         case mixers.QMixer() | mixers.NMixer() if network.positivity == "abs":
             layers = 2 if isinstance(network, mixers.NMixer) else config.hypernet_layers
             built = form.QMixer(agents, states, config.mixing_embed_dim, layers, config.hypernet_embed)
