@@ -1,14 +1,18 @@
-"""Heat maps of payoffs and learned joint values. matplotlib is optional and imported here only."""
+"""Heat maps of joint values and curves of distributions. matplotlib is optional and imported here only."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fastmix.experiments.matrix import LearnedGame
+from fastmix.envs import Payoff
+from fastmix.experiments.matrix import LearnedGame, true_quantiles
+
+TRUE_QUANTILES = 101  # points of the true distribution's curve
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +63,41 @@ def save_panels(path: Path, rows: Sequence[Sequence[Panel]], actions: Sequence[s
                 ticks(range(count), labels=labels, fontsize=8)
             axis.set_ylabel("agent 1" if panel.learned is None else "agent 1, Q_1", fontsize=8)
             axis.set_xlabel("agent 2" if panel.learned is None else "agent 2, Q_2", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return True
+
+
+def save_distributions(path: Path, learned: Mapping[str, Sequence[LearnedGame]], payoff: Payoff, title: str) -> bool:
+    """Draw learned distributions of the joint return beside the true ones, one panel a joint action of two agents.
+
+    Thin lines are seeds, thick ones their mean. Returns False, having drawn nothing, where matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    rows, columns = payoff.values.shape
+    figure = Figure(figsize=(3.4 * columns, 2.6 * rows + 0.8), layout="constrained")
+    figure.suptitle(title)
+    axes: Any = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    levels = (np.arange(TRUE_QUANTILES) + 0.5) / TRUE_QUANTILES
+    truth = true_quantiles(payoff, TRUE_QUANTILES)
+    for i, j in np.ndindex(rows, columns):
+        axis = axes[i][j]
+        axis.plot(truth[i, j], levels, color="black", lw=2, label="true")
+        for number, (name, games) in enumerate(learned.items()):
+            color = f"C{number}"
+            curves = np.stack([game.quantiles[i, j] for game in games if game.quantiles is not None])
+            fractions = (np.arange(curves.shape[1]) + 0.5) / curves.shape[1]
+            for curve in curves:
+                axis.plot(curve, fractions, color=color, lw=0.5, alpha=0.5)
+            axis.plot(curves.mean(0), fractions, color=color, lw=2, label=name)
+        axis.set_title(payoff.label((i, j)), fontsize=10)
+        axis.set_xlabel("return", fontsize=8)
+        if j == 0:
+            axis.set_ylabel("probability", fontsize=8)
+    axes[0][0].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return True

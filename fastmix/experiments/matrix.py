@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import torch
 
 from fastmix.algorithms import Algorithm
+from fastmix.algorithms.distributional import Distributional
 from fastmix.envs import MatrixGame, Payoff
 from fastmix.experiments.stats import wilson_interval
 from fastmix.train.trainer import Trainer
@@ -28,6 +30,8 @@ class LearnedGame:
 
     utilities: list[np.ndarray]
     tables: dict[str, np.ndarray]
+    quantiles: np.ndarray | None = None
+    """``[*payoff's shape, K]``: the joint return's distribution at ``K`` midpoints, of algorithms that learn one"""
 
     @property
     def greedy(self) -> tuple[int, ...]:
@@ -40,9 +44,11 @@ class LearnedGame:
 
     def to_json(self, payoff: Payoff) -> dict[str, Any]:
         """For a run's ``result.json``; :meth:`from_json` reads it back."""
+        distribution = {} if self.quantiles is None else {"quantiles": self.quantiles.tolist()}
         return {
             "utilities": [q.tolist() for q in self.utilities],
             "tables": {name: table.tolist() for name, table in self.tables.items()},
+            **distribution,
             "greedy": payoff.label(self.greedy),
             "greedy_payoff": float(payoff.values[self.greedy]),
             "optimal": self.is_optimal(payoff),
@@ -55,6 +61,7 @@ class LearnedGame:
             [np.array(q, dtype=float) for q in values["utilities"]],
             # Published tables have cells that nobody can read: null, here NaN.
             {name: np.array(table, dtype=float) for name, table in values["tables"].items()},
+            np.array(values["quantiles"], dtype=float) if "quantiles" in values else None,
         )
 
 
@@ -70,12 +77,18 @@ def learned_game(algo: Algorithm, env: MatrixGame, device: torch.device | str = 
     last_actions = torch.full((1, len(shape)), -1, dtype=torch.int64, device=device)
     utilities = algo.utilities(obs[:, None], last_actions[:, None])[0, 0]
     tables: dict[str, np.ndarray] = {}
+    quantiles: np.ndarray | None = None
     if env.payoff.values.size <= MAX_JOINT_ACTIONS:
         joint = torch.from_numpy(np.indices(shape).reshape(len(shape), -1).T.copy()).to(device)
         copies = [x.expand(len(joint), *x.shape[1:]) for x in (obs, last_actions, avail, states)]
-        values = algo.joint_values(*(x[:, None] for x in (*copies, joint)))
+        arguments = [x[:, None] for x in (*copies, joint)]
+        values = algo.joint_values(*arguments)
         tables = {name: value.reshape(shape).double().cpu().numpy() for name, value in values.items()}
-    return LearnedGame([utilities[i, :n].double().cpu().numpy() for i, n in enumerate(shape)], tables)
+        if isinstance(algo, Distributional):
+            z = next(iter(algo.joint_quantiles(*arguments).values()))
+            quantiles = z.reshape(*shape, -1).sort(-1).values.double().cpu().numpy()
+    own = [utilities[i, :n].double().cpu().numpy() for i, n in enumerate(shape)]
+    return LearnedGame(own, tables, quantiles)
 
 
 def report(trainer: Trainer) -> dict[str, Any]:
@@ -93,11 +106,31 @@ def largest_errors(games: Sequence[LearnedGame], payoff: Payoff) -> dict[str, fl
     }
 
 
+def true_quantiles(payoff: Payoff, n: int) -> np.ndarray:
+    """``[*payoff's shape, n]``: quantiles of the reward at ``n`` midpoints, which are normal about the mean payoff."""
+    standard = [NormalDist().inv_cdf((2 * i + 1) / (2 * n)) for i in range(n)]
+    return payoff.values[..., None] + payoff.noise_std * np.array(standard)
+
+
+def distribution_distances(games: Sequence[LearnedGame], payoff: Payoff) -> np.ndarray | None:
+    """``[seeds, *payoff's shape]``: mean distance of learned quantiles from true ones; None without distributions.
+
+    That is the Wasserstein distance between both distributions, as far as so many quantiles tell it.
+    """
+    learned = [game.quantiles for game in games if game.quantiles is not None]
+    if len(learned) < len(games):
+        return None
+    truth = true_quantiles(payoff, learned[0].shape[-1])
+    return np.stack([np.abs(quantiles - truth).mean(-1) for quantiles in learned])
+
+
 def average(games: Sequence[LearnedGame]) -> LearnedGame:
-    """The mean of utilities and tables over seeds (of cells that every seed has)."""
+    """The mean of utilities, tables and quantiles over seeds (of cells that every seed has)."""
+    quantiles = [game.quantiles for game in games if game.quantiles is not None]
     return LearnedGame(
         [np.mean([game.utilities[i] for game in games], axis=0) for i in range(len(games[0].utilities))],
         {name: np.mean([game.tables[name] for game in games], axis=0) for name in games[0].tables},
+        np.mean(quantiles, axis=0) if len(quantiles) == len(games) else None,
     )
 
 
@@ -105,12 +138,14 @@ def summarise_games(results: Sequence[dict[str, Any]], payoff: Payoff) -> dict[s
     """Average tables and the share of seeds that found the optimum with its 95 % interval, for JSON."""
     games = [LearnedGame.from_json(result["game"]) for result in results]
     found = sum(game.is_optimal(payoff) for game in games)
+    distances = distribution_distances(games, payoff)
     return {
         "payoff": payoff.values.tolist(),
         "noise_std": payoff.noise_std,
         "optimum": [payoff.label(joint) for joint in payoff.optimal_actions()],
         "average": average(games).to_json(payoff),
         "largest_errors": largest_errors(games, payoff),
+        "distribution_distance": None if distances is None else distances.mean(0).tolist(),
         "found": found,
         "seeds": len(games),
         "wilson_95": list(wilson_interval(found, len(games))),

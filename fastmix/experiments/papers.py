@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fastmix.envs import Payoff
 from fastmix.experiments.matrix import LearnedGame
 
 
@@ -22,6 +23,11 @@ class PaperRow:
     utilities: list[np.ndarray] | None
     greedy: str
     optimal: bool
+
+    def largest_error(self, payoff: Payoff) -> float | None:
+        """How far a published joint value of the row is from the payoff at most; cells nobody can read left out."""
+        table = next((self.tables[name] for name in ("Q_jt", "Q_tot") if name in self.tables), None)
+        return None if table is None else float(np.nanmax(np.abs(table - payoff.values)))
 
     def as_learned(self) -> LearnedGame | None:
         """The row in the form of our own results, or ``None`` where the paper prints no utilities."""

@@ -10,8 +10,14 @@ from typing import Any, Final
 
 from fastmix import algorithms, envs
 from fastmix.envs import MatrixGame, Payoff
-from fastmix.experiments.figures import Panel, panels_of, save_or_say
-from fastmix.experiments.matrix import LearnedGame, average, largest_errors, summarise_games
+from fastmix.experiments.figures import Panel, panels_of, save_distributions, save_or_say
+from fastmix.experiments.matrix import (
+    LearnedGame,
+    average,
+    distribution_distances,
+    largest_errors,
+    summarise_games,
+)
 from fastmix.experiments.papers import PaperGame, PaperRow, paper_games
 from fastmix.experiments.stats import judge_claim, wilson_interval
 from fastmix.experiments.sweeps import add_sweep_arguments, positive, resume, start
@@ -33,6 +39,10 @@ WEIGHTS: Final[dict[str, dict[str, dict[str, Any]]]] = {
     "matrix2": {name: _ONE_AND_NOTHING for name in ("powqmix", "powqmix_opt")},
     "matrix3": {name: _ONE_AND_NOTHING for name in ("powqmix", "powqmix_opt")},
 }
+ALGORITHMS: Final[dict[str, tuple[str, ...]]] = {
+    "matrix3": ("resq", "resz", "dmix", "ddn", "qtran", "qplex", "cw_qmix", "ow_qmix")
+}
+"""Game -> the algorithms of the papers' table, where only those are run if nothing is said; else all that exist."""
 PRESET: Final = "paper"
 DEFAULT_SEEDS: Final = 10
 
@@ -45,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "found the optimum beside what the papers claim."
     )
     parser.add_argument("game", nargs="?", choices=sorted(paper_games()), help="which game (not with --resume)")
-    parser.add_argument("--algos", nargs="+", metavar="NAME", help="only these algorithms (default: all that exist)")
+    parser.add_argument(
+        "--algos", nargs="+", metavar="NAME", help="only these algorithms (default: all; matrix3: those of table 3)"
+    )
     parser.add_argument("--preset", choices=list(algorithms.PRESETS), help=f"other settings (default: {PRESET})")
     parser.add_argument("--t-max", type=int, metavar="N", help=f"environment steps of each run (default: {T_MAX})")
     add_sweep_arguments(parser, default_seeds=DEFAULT_SEEDS, default_out="runs/reproduce/<game>/run-N")
@@ -83,6 +95,11 @@ def run(args: argparse.Namespace) -> int:
     figure = folder / f"{game.name}.png"
     if save_or_say(figure, rows, env.payoff.actions, f"{game.name}: ours beside the papers' tables"):
         written.append(figure)
+    learned = {name: _games(results) for name, results in by_algo.items()}
+    learned = {name: games for name, games in learned.items() if all(game.quantiles is not None for game in games)}
+    curves = folder / f"{game.name}-distributions.png"
+    if learned and save_distributions(curves, learned, env.payoff, f"{game.name}: learned distributions of the return"):
+        written.append(curves)
     print("\nwritten: " + ", ".join(map(str, written)))
     return 0
 
@@ -97,7 +114,7 @@ def _configs(
         f"{name}/seed-{seed}": TrainConfig(
             name, game.env, preset, seed, t_max, overrides={**PROTOCOL, **WEIGHTS[game.name].get(name, {})}
         )
-        for name in dict.fromkeys(names or algorithms.REGISTRY)
+        for name in dict.fromkeys(names or ALGORITHMS.get(game.name, tuple(algorithms.REGISTRY)))
         for seed in range(n_seeds)
     }
 
@@ -121,7 +138,18 @@ def _print(game: PaperGame, payoff: Payoff, by_algo: dict[str, list[dict[str, An
     print("\nlargest distance of a learned joint value from the payoff, over seeds and joint actions:")
     for name, results in by_algo.items():
         errors = largest_errors(_games(results), payoff)
-        print(f"{name:<14}" + "  ".join(f"{table} {error:.2f}" for table, error in errors.items()))
+        published = [row.largest_error(payoff) for row in game.of(name)]
+        papers = ", ".join(f"{error:.2f}" for error in published if error is not None)
+        ours = "  ".join(f"{table} {error:.2f}" for table, error in errors.items())
+        print(f"{name:<14}{ours}" + (f"  (papers' tables: {papers})" if papers else ""))
+    distances = {name: distribution_distances(_games(results), payoff) for name, results in by_algo.items()}
+    if any(each is not None for each in distances.values()):
+        print(
+            "\ndistance of learned distributions of the return from the true ones, mean over joint actions and seeds:"
+        )
+    for name, each in distances.items():
+        if each is not None:
+            print(f"{name:<14}{each.mean():.2f}  (at the optimum {each.mean(0)[payoff.optimal_actions()[0]]:.2f})")
 
 
 def _claim(game: PaperGame, name: str, games: Sequence[LearnedGame], payoff: Payoff) -> tuple[str, str]:

@@ -155,7 +155,7 @@ def test_the_appendix_table_of_cw_qmix_is_the_projection() -> None:
     fit = isotonic(backwards, weights, weighted_mean)
     others = Fraction(-401, 80)
     assert fit == ((others, others, others), (others, others, others), (others, others, Fraction(8)))
-    published = [row.tables["Q_tot"] for row in paper_games()["matrix1"].of("cw_qmix")][0]
+    published = next(row.tables["Q_tot"] for row in paper_games()["matrix1"].of("cw_qmix"))
     assert published[0][0] == 8
     assert abs(published[1][1] - float(others)) < 0.03
 
