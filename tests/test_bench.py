@@ -180,6 +180,7 @@ def test_our_gradients_are_the_baselines(algo: str, preset: str) -> None:
         ours = make(algo, scheme, preset=preset, seed=1)
         steps.perturb_targets(ours)
         learner = steps.public_learner(ours, scheme)
+        steps.share_fractions(ours, learner)
         batch = steps.random_batch(scheme, 5)
         losses = ours.losses(batch)["loss"], learner.loss(steps.public_batch(batch, scheme.n_actions))
     assert_close(losses[0].detach(), losses[1].detach(), EXACT, name="loss")

@@ -137,6 +137,20 @@ def test_reproduce_sets_ours_beside_the_papers(tmp_path: Path, capsys: pytest.Ca
     )
 
 
+def test_reproduce_sets_distributions_beside_the_true_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--seeds", "1", "--t-max", "300", "--algos", "ddn", "resq", "--workers", "1", "--no-progress"]
+    assert main(["reproduce", "matrix3", *words]) == 0
+    text = capsys.readouterr().out
+    for part in ("E[Z_jt]", "ResQ appendix, table 3", "(papers' tables: 0.63)", "distance of learned distributions"):
+        assert part in text, part
+    folder = tmp_path / "runs" / "reproduce" / "matrix3" / "run-1"
+    ours = json.loads((folder / "matrix3.json").read_text())["algorithms"]
+    assert len(ours["ddn"]["average"]["quantiles"][0][0]) == 32
+    assert len(ours["ddn"]["distribution_distance"]) == 3
+    assert ours["resq"]["distribution_distance"] is None and "quantiles" not in ours["resq"]["average"]
+    assert (folder / "matrix3-distributions.png").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

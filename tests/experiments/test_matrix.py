@@ -13,8 +13,16 @@ import torch
 from fastmix import algorithms, envs
 from fastmix.envs import MatrixGame, Payoff
 from fastmix.experiments import figures, matrix
-from fastmix.experiments.matrix import LearnedGame, average, largest_errors, learned_game
+from fastmix.experiments.matrix import (
+    LearnedGame,
+    average,
+    distribution_distances,
+    largest_errors,
+    learned_game,
+    true_quantiles,
+)
 from fastmix.experiments.papers import paper_games
+from fastmix.experiments.reproduce import ALGORITHMS
 from fastmix.experiments.stats import judge_claim, wilson_interval
 from fastmix.experiments.tables import game_text, matrix_block, side_by_side, verdict
 from fastmix.train.plan import scheme_of
@@ -200,3 +208,70 @@ def test_without_matplotlib_there_is_no_figure(tmp_path: Path, monkeypatch: pyte
     panel = figures.Panel("payoff", PAYOFF.values, [(0, 0)])
     assert not figures.save_panels(tmp_path / "figure.png", [[panel]], PAYOFF.actions, "title")
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- distributions ----
+
+
+def noisy(mean: float, std: float = 1.0) -> Payoff:
+    return Payoff("noisy", np.array([[mean, 0.0], [0.0, 1.0]]), noise_std=std)
+
+
+def test_true_quantiles_are_those_of_the_normal() -> None:
+    quantiles = true_quantiles(noisy(3.0, 2.0), 4)
+    assert quantiles.shape == (2, 2, 4)
+    # Of the standard normal at 1/8, 3/8, 5/8 and 7/8, from tables.
+    standard = np.array([-1.15035, -0.31864, 0.31864, 1.15035])
+    np.testing.assert_allclose(quantiles[0, 0], 3 + 2 * standard, atol=1e-4)
+    assert (true_quantiles(noisy(3.0, 0.0), 4)[0, 0] == 3).all()
+
+
+def test_distances_of_distributions() -> None:
+    payoff = noisy(3.0)
+    truth = true_quantiles(payoff, 8)
+    exact, shifted = (LearnedGame(LEARNED.utilities, {}, truth + shift) for shift in (0.0, 0.5))
+    distances = distribution_distances([exact, shifted], payoff)
+    assert distances is not None
+    np.testing.assert_allclose(distances, np.broadcast_to(np.array([0.0, 0.5])[:, None, None], (2, 2, 2)), atol=1e-12)
+    assert distribution_distances([exact, LEARNED], payoff) is None
+    mean = average([exact, shifted]).quantiles
+    assert mean is not None
+    np.testing.assert_allclose(mean, truth + 0.25)
+    back = LearnedGame.from_json(json.loads(json.dumps(exact.to_json(payoff)))).quantiles
+    assert back is not None
+    np.testing.assert_array_equal(back, truth)
+
+
+@pytest.mark.parametrize("name", ["ddn", "dmix", "resz"])
+def test_games_of_distributions_have_their_quantiles(name: str) -> None:
+    env = envs.make("matrix:stochastic", 1, 0)
+    assert isinstance(env, MatrixGame)
+    learned = learned_game(algorithms.make(name, scheme_of(env.info)), env)
+    assert next(iter(learned.tables)) == "E[Z_jt]"
+    assert learned.quantiles is not None and learned.quantiles.shape == (3, 3, 32)
+    np.testing.assert_allclose(learned.quantiles.mean(-1), learned.tables["E[Z_jt]"], atol=1e-5)
+    assert (np.diff(learned.quantiles, axis=-1) >= 0).all()
+
+
+def test_the_third_games_claims() -> None:
+    game = paper_games()["matrix3"]
+    found = {row.algorithm for row in game.rows if row.optimal}
+    assert found == {"resq", "resz", "qtran"}
+    assert {row.algorithm for row in game.rows} == set(ALGORITHMS["matrix3"])
+    env = envs.make(game.env, 1, 0)
+    assert isinstance(env, MatrixGame)
+    (resz,) = game.of("resz")
+    assert resz.largest_error(env.payoff) == pytest.approx(0.65)  # -11.35 for -12
+
+
+def test_distributions_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is an optional extra")
+    payoff = noisy(3.0)
+    games = [LearnedGame(LEARNED.utilities, {}, true_quantiles(payoff, 8) + shift) for shift in (0.0, 0.5)]
+    path = tmp_path / "deep" / "figure.png"
+    assert figures.save_distributions(path, {"dmix": games}, payoff, "title")
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) > 10_000
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    assert not figures.save_distributions(tmp_path / "none.png", {"dmix": games}, payoff, "title")
+    assert not (tmp_path / "none.png").exists()

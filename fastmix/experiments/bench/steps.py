@@ -162,26 +162,13 @@ def step_error(
             tested = partial(publics[1].step, public_batch(batch, scheme.n_actions))
         errors = []
         for _ in range(2):
-            if isinstance(ours, Distributional):
-                for one in publics:
-                    one.draw = _same_fractions(ours)
+            for one in publics:
+                share_fractions(ours, one)
             logged, expected = setting.entered(tested)(), learner.step(episodes)
             errors += [rms_ratio(logged[name], expected[name]) for name in ("loss", "grad_norm")]
         if setting.device == "cpu":
             errors += [rms_ratio(a, b) for a, b in parameter_pairs(ours, learner)]
     return largest(errors)
-
-
-def _same_fractions(ours: Distributional) -> Callable[..., Tensor]:
-    """`draw` of the public learners, with the fractions of the next step of ``ours``."""
-    draws = ours.draws.clone()
-
-    def draw(name: str, t: int, rows: int, n: int, like: Tensor) -> Tensor:
-        episodes = rows // ours.scheme.n_agents if ours.config.mixer == "none" else rows
-        fractions = ours.draw(name, episodes, ours.scheme.episode_limit + 1, draws)
-        return fractions[:, t].reshape(rows, n).to(like)
-
-    return draw
 
 
 def _step_error(algo: str, scheme: Scheme, preset: str, setting: Setting, public: bool = False) -> Error:
@@ -238,6 +225,20 @@ def public_learner(ours: Algorithm, scheme: Scheme) -> Any:
         for mine, public in parameter_pairs(ours, built):
             public.copy_(mine)
     return built
+
+
+def share_fractions(ours: Algorithm, learner: Any) -> None:
+    """Make the public learner draw what the next step of ``ours`` draws, where that learns distributions."""
+    if not isinstance(ours, Distributional):
+        return
+    draws = ours.draws.clone()
+
+    def draw(name: str, t: int, rows: int, n: int, like: Tensor) -> Tensor:
+        episodes = rows // ours.scheme.n_agents if ours.config.mixer == "none" else rows
+        fractions = ours.draw(name, episodes, ours.scheme.episode_limit + 1, draws)
+        return fractions[:, t].reshape(rows, n).to(like)
+
+    learner.draw = draw
 
 
 def parameter_pairs(ours: Algorithm, learner: Any) -> Iterator[tuple[Tensor, Tensor]]:
