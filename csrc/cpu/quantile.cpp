@@ -126,6 +126,7 @@ struct Sums {
 template <class T>
 Sums loss_of_rows(const QuantileLoss<T>& p, int64_t begin, int64_t end, const Tile<T>& tile) {
   Sums sums;
+  if (begin == end) return sums;
   const T unit = static_cast<T>(1 / (static_cast<double>(p.n_targets) * (p.kappa > 0 ? p.kappa : 1)));
   RowCounter row(p.sizes, begin);
   for (int64_t first = begin; first < end; first += lanes<T>) {
@@ -204,6 +205,7 @@ void split(const MeanShape<T>& p) {
   const int64_t numbers = p.n_agents * p.n, rows = p.outer * p.inner;
   const T share = T(1) / static_cast<T>(p.n);
   parallel_parts(rows, p.threads, kNumbersPerTask / numbers + 1, [&](int64_t begin, int64_t end, int) {
+    if (begin == end) return;
     int64_t outer = begin / p.inner, inner = begin % p.inner;
     for (int64_t row = begin; row < end; ++row) {
       const T* from = p.quantiles + outer * p.strides[0] + inner * p.strides[1];

@@ -3,11 +3,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define FASTMIX_ON_DEVICE __host__ __device__
-#else
-#define FASTMIX_ON_DEVICE
-#endif
+#include "fastmix/device.h"
 
 namespace fastmix::FASTMIX_ISA {
 

@@ -136,9 +136,7 @@ def _split_forward(quantiles: Tensor) -> tuple[Tensor, Tensor]:
     outer, inner, n_agents, n = quantiles.shape
     means = torch.empty((outer, inner, n_agents), dtype=quantiles.dtype, device=quantiles.device)
     shape = torch.empty((outer, inner, n), dtype=quantiles.dtype, device=quantiles.device)
-    _run_split(
-        quantiles, quantiles.shape, quantiles.data_ptr(), quantiles.stride(), means.data_ptr(), shape.data_ptr()
-    )
+    _run_split(quantiles, quantiles.shape, quantiles.data_ptr(), quantiles.stride(), means.data_ptr(), shape.data_ptr())
     return means, shape
 
 
@@ -152,9 +150,7 @@ def _split_backward_forward(grad_means: Tensor, grad_shape: Tensor) -> Tensor:
     outer, inner, n_agents = grad_means.shape
     n = grad_shape.shape[2]
     grad = torch.empty((outer, inner, n_agents, n), dtype=grad_means.dtype, device=grad_means.device)
-    _run_split_backward(
-        grad, outer * inner, n_agents, n, grad_means.data_ptr(), grad_shape.data_ptr(), grad.data_ptr()
-    )
+    _run_split_backward(grad, outer * inner, n_agents, n, grad_means.data_ptr(), grad_shape.data_ptr(), grad.data_ptr())
     return grad
 
 
