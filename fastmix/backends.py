@@ -27,13 +27,13 @@ NAMES: Final = ("reference", "native", "triton", "cudnn")
 TABLE: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     **{
         op: {"cpu": ("native", "reference"), "cuda": ("native", "reference")}
-        for op in ("select", "returns", "td_loss", "optimise")
+        for op in ("select", "returns", "td_loss", "quantile", "optimise")
     },
     # On the CPU Triton only interprets, for tests, and "cudnn" is PyTorch's own GRU; neither is ever chosen there.
     "monotonic": {"cpu": ("native", "reference", "triton"), "cuda": ("native", "triton", "reference")},
     "recurrent": {"cpu": ("native", "reference", "cudnn"), "cuda": ("native", "cudnn", "reference")},
     # So far plain PyTorch everywhere.
-    **{op: {} for op in ("attention", "duplex", "importance", "quantile", "recognise", "unrestricted")},
+    **{op: {} for op in ("attention", "duplex", "importance", "recognise", "unrestricted")},
 }
 
 NATIVE_DTYPES: Final = (torch.float32, torch.float64)

@@ -27,8 +27,6 @@ from fastmix.testing.golden import Golden
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 PENDING: Mapping[str, str] = {
-    "dfac.iqn_agent": "arrives with the agent iqn_rnn",
-    "dfac.quantile_huber": "arrives with the operator quantile",
     "refil.*": "arrives with REFIL",
     "env.stag_hunt": "arrives with predator-prey",
 }
@@ -317,6 +315,18 @@ def check_agent_step(golden: Golden, setting: Setting) -> None:
     q, h = agent(*(inputs[name].reshape(-1, inputs[name].shape[-1]) for name in ("inputs", "hidden")))
     q, h = q.view(golden.outputs["q"].shape), h.view(golden.outputs["h"].shape)
     compare(golden, setting, {"q": q, "h": h}, agent, inputs)
+
+
+def check_iqn_agent(golden: Golden, setting: Setting) -> None:
+    from tests import golden_quantile
+
+    golden_quantile.check_agent(golden, setting)
+
+
+def check_quantile_loss(golden: Golden, setting: Setting) -> None:
+    from tests import golden_quantile
+
+    golden_quantile.check_loss(golden, setting)
 
 
 # -------------------------------------------------------------------------------------------------------------- returns
@@ -870,6 +880,8 @@ RULES: Mapping[str, Rule] = {
     "agent/ff": _rule(check_agent),
     "resq.rnn_agent": _rule(check_agent_step, "recurrent"),
     "resq.central_rnn_agent": _rule(check_agent_step, "recurrent"),
+    "dfac.iqn_agent": _rule(check_iqn_agent, "recurrent"),
+    "dfac.quantile_huber": _rule(check_quantile_loss, "quantile"),
     "returns": _rule(check_returns, "returns"),
     "returns_q": _rule(check_returns, "returns"),
     "common.td_lambda": _rule(check_returns, "returns"),

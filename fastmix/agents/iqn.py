@@ -130,8 +130,7 @@ class IQNRNNAgent(Agent):
         if actions is None:
             scaled = hidden_states.unsqueeze(-2) * features
             return F.linear(scaled, self.fc2.weight, self.fc2.bias).transpose(-1, -2)
-        _checks.check_tensor("actions", actions)
-        _checks.check_shape("actions", actions, tuple(hidden_states.shape[:-1]), "[..., A]")
+        _checks.check_actions(actions, tuple(hidden_states.shape[:-1]), hidden_states)
         chosen = hidden_states * F.embedding(actions, self.fc2.weight)
         bias = F.embedding(actions, self.fc2.bias.unsqueeze(-1))
         if features.shape[-3] == 1:  # shared by agents: one small product for each step

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastmix import backends
 from fastmix.ops import _checks
 from fastmix.ops.monotonic import MonotonicParams, monotonic
-from fastmix.ops.quantile import reference
+from fastmix.ops.quantile import native, reference
 from fastmix.ops.quantile.types import MeanShape, QuantileLoss
 
 __all__ = ["MeanShape", "QuantileLoss", "fractions", "mean_shape", "midpoints", "quantile_loss", "quantile_mix"]
@@ -84,8 +84,8 @@ def quantile_loss(
         mask = mask.to(theta.dtype)
     if normaliser is not None:
         normaliser = _checks.scalar_like("normaliser", normaliser, theta, "theta")
-    backends.resolve("quantile", theta, backend)
-    return reference.quantile_loss(theta, targets, fractions, mask, weights, kappa, scale, normaliser)
+    run = native if backends.resolve("quantile", theta, backend) == "native" else reference
+    return run.quantile_loss(theta, targets, fractions, mask, weights, kappa, scale, normaliser)
 
 
 def mean_shape(quantiles: Tensor, *, backend: str | None = None) -> MeanShape:
@@ -109,8 +109,8 @@ def mean_shape(quantiles: Tensor, *, backend: str | None = None) -> MeanShape:
     _check_quantiles(quantiles)
     if _checks.autocast_enabled(quantiles):
         quantiles = _checks.upcast(quantiles)
-    backends.resolve("quantile", quantiles, backend)
-    return reference.mean_shape(quantiles)
+    run = native if backends.resolve("quantile", quantiles, backend) == "native" else reference
+    return run.mean_shape(quantiles)
 
 
 def quantile_mix(
@@ -180,8 +180,8 @@ def fractions(
         raise ValueError(f"stream must lie in [0, {STREAMS}), got {stream!r}")
     if any(extent < 0 for extent in shape) or math.prod(shape) > MOST_FRACTIONS:
         raise ValueError(f"shape must hold 0 to 2^34 numbers, got {tuple(shape)}")
-    backends.resolve("quantile", key.new_empty(0, dtype=dtype), backend)
-    return reference.fractions(shape, key, stream, dtype)
+    run = native if backends.resolve("quantile", key.new_empty(0, dtype=dtype), backend) == "native" else reference
+    return run.fractions(shape, key, stream, dtype)
 
 
 def midpoints(n: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -53,11 +54,15 @@ _ROUNDS = 10
 
 
 def fractions(shape: Sequence[int], key: Tensor, stream: int, dtype: torch.dtype) -> Tensor:
-    """See `fastmix.ops.fractions`: Philox 4x32-10, in 64-bit integers that hold 32-bit words."""
-    size = 1
-    for extent in shape:
-        size *= extent
-    block = torch.arange((size + 3) // 4, device=key.device)
+    """See `fastmix.ops.fractions`; arguments are already checked."""
+    size = math.prod(shape)
+    words = philox(torch.arange((size + 3) // 4, device=key.device), key, stream)
+    bits = words.flatten()[:size] >> 8  # 24 of them, exact in float32
+    return (bits.to(dtype) * 2.0**-24).reshape(tuple(shape))
+
+
+def philox(block: Tensor, key: Tensor, stream: int) -> Tensor:
+    """Philox 4x32-10: four words for each block of numbers ``[n]``, ``[n, 4]``; 64-bit integers hold 32-bit words."""
     seed, draw = key.unbind()
     words = [block, torch.full_like(block, stream), *((draw >> shift & _WORD).expand_as(block) for shift in (0, 32))]
     keys = [seed & _WORD, seed >> 32 & _WORD]
@@ -65,8 +70,7 @@ def fractions(shape: Sequence[int], key: Tensor, stream: int, dtype: torch.dtype
         (high0, low0), (high1, low1) = _multiply(_MULTIPLIERS[0], words[0]), _multiply(_MULTIPLIERS[1], words[2])
         words = [high1 ^ words[1] ^ keys[0], low1, high0 ^ words[3] ^ keys[1], low0]
         keys = [(k + step) & _WORD for k, step in zip(keys, _KEY_STEPS, strict=True)]
-    bits = torch.stack(words, -1).flatten()[:size] >> 8  # 24 of them, exact in float32
-    return (bits.to(dtype) * 2.0**-24).reshape(tuple(shape))
+    return torch.stack(words, -1)
 
 
 def _multiply(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
