@@ -32,6 +32,7 @@ TABLE: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     # On the CPU Triton only interprets, for tests, and "cudnn" is PyTorch's own GRU; neither is ever chosen there.
     "monotonic": {"cpu": ("native", "reference", "triton"), "cuda": ("native", "triton", "reference")},
     "recurrent": {"cpu": ("native", "reference", "cudnn"), "cuda": ("native", "cudnn", "reference")},
+    "implicit": {"cpu": ("native", "reference")},
     # So far plain PyTorch everywhere.
     **{op: {} for op in ("attention", "duplex", "importance", "recognise", "unrestricted")},
 }

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,6 +11,7 @@ from fastmix._modules import check_positive, flat_size, read_arg
 from fastmix.agents.base import Agent, step_rows
 from fastmix.agents.feed_forward import hidden_width
 from fastmix.ops import _checks
+from fastmix.ops.implicit import QuantileFeatures, chosen_quantiles, quantile_features
 from fastmix.ops.quantile import fractions, midpoints
 from fastmix.ops.recurrent import RecurrentOutput, RecurrentParams, recurrent
 
@@ -115,34 +114,44 @@ class IQNRNNAgent(Agent):
         assert output.hidden_states is not None
         return output.hidden_states, output.hidden
 
-    def quantiles(self, hidden_states: Tensor, fractions: Tensor, actions: Tensor | None = None) -> Tensor:
+    def features(self, fractions: Tensor) -> QuantileFeatures:
+        """`phi` of fractions, for `quantiles` and `means` at the same ones."""
+        return quantile_features(fractions, self.phi.weight, self.phi.bias)
+
+    def quantiles(
+        self, hidden_states: Tensor, fractions: Tensor | QuantileFeatures, actions: Tensor | None = None
+    ) -> Tensor:
         """Quantiles at `fractions`: `[..., A, U, N]`, or of the given actions only, `[..., A, N]`.
 
         Args:
             hidden_states: `[..., A, D]`.
             fractions: `[..., N]` with the leading dimensions of `hidden_states`, shared by agents; `[..., A, N]`, each
-                agent's own; or `[N]`, the same everywhere.
+                agent's own; or `[N]`, the same everywhere. Or the `features` of such.
             actions: `[..., A]` int64.
 
         Raises `ValueError`, `TypeError` where shapes or dtypes do not agree.
         """
-        features = self._features(hidden_states, fractions)  # [..., A or 1, N, D]
+        features = self._features(hidden_states, fractions).values
+        own = features.dim() == hidden_states.dim() + 1
         if actions is None:
-            scaled = hidden_states.unsqueeze(-2) * features
+            scaled = hidden_states.unsqueeze(-2) * (features if own else features.unsqueeze(-3))
             return F.linear(scaled, self.fc2.weight, self.fc2.bias).transpose(-1, -2)
-        _checks.check_actions(actions, tuple(hidden_states.shape[:-1]), hidden_states)
-        chosen = hidden_states * F.embedding(actions, self.fc2.weight)
-        bias = F.embedding(actions, self.fc2.bias.unsqueeze(-1))
-        if features.shape[-3] == 1:  # shared by agents: one small product for each step
-            return chosen @ features.squeeze(-3).transpose(-1, -2) + bias
-        return (features @ chosen.unsqueeze(-1)).squeeze(-1) + bias
+        if not own:
+            features = features.expand(*hidden_states.shape[:-2], *features.shape[-2:])
+            return chosen_quantiles(hidden_states, features, actions, self.fc2.weight, self.fc2.bias)
+        _checks.check_tensor("actions", actions)
+        one = chosen_quantiles(  # every agent is a row of its own
+            hidden_states.unsqueeze(-2), features, actions.unsqueeze(-1), self.fc2.weight, self.fc2.bias
+        )
+        return one.squeeze(-2)
 
-    def means(self, hidden_states: Tensor, fractions: Tensor) -> Tensor:
+    def means(self, hidden_states: Tensor, fractions: Tensor | QuantileFeatures) -> Tensor:
         """The mean of `quantiles` over their last axis, `[..., A, U]`: one product, whatever the number of fractions.
 
         Arguments and errors as of `quantiles`. The most likely use is to choose actions greedily.
         """
-        return self.fc2(hidden_states * self._features(hidden_states, fractions).mean(-2))
+        mean = self._features(hidden_states, fractions).mean
+        return self.fc2(hidden_states * (mean if mean.dim() == hidden_states.dim() else mean.unsqueeze(-2)))
 
     def draw(self, purpose: str, key: Tensor, episodes: int, steps: int, n_agents: int, *, stream: int = 0) -> Tensor:
         """Random fractions for `quantiles`, `[B, T, N]`, or `[B, T, A, N]` where each agent has its own.
@@ -190,20 +199,20 @@ class IQNRNNAgent(Agent):
         counts = ", ".join(f"{purpose}={n}" for purpose, n in self.counts.items())
         return f"{super().extra_repr()}, {counts}, per_agent_fractions={self.per_agent_fractions}"
 
-    def _features(self, hidden_states: Tensor, fractions: Tensor) -> Tensor:
-        """`phi` `[..., A, N, D]` of fractions; the axis of agents is 1 where they share them."""
+    def _features(self, hidden_states: Tensor, fractions: Tensor | QuantileFeatures) -> QuantileFeatures:
+        """Features of fractions, as they are where they are given; raises where they do not fit."""
         _checks.check_tensor("hidden_states", hidden_states)
-        _checks.check_tensor("fractions", fractions)
         if hidden_states.dim() < 2 or hidden_states.shape[-1] != self.hidden_dim:
             raise ValueError(f"hidden_states must be [..., A, {self.hidden_dim}], got {tuple(hidden_states.shape)}")
-        agents = hidden_states.shape[:-1]
-        _checks.check_floating("fractions", fractions)
-        if fractions.dim() < 1 or fractions.shape[-1] < 1 or fractions.shape[:-1] not in ((), agents[:-1], agents):
+        rows = hidden_states.shape[:-1]
+        if isinstance(fractions, QuantileFeatures):
+            shape = fractions.values.shape[:-1]
+        else:
+            _checks.check_tensor("fractions", fractions)
+            shape = fractions.shape
+        if len(shape) < 1 or shape[-1] < 1 or shape[:-1] not in ((), rows[:-1], rows):
             raise ValueError(
-                f"fractions must be [N], [..., N] or [..., A, N] with [..., A] = {tuple(agents)} and at least one"
-                f" fraction, got {tuple(fractions.shape)}"
+                f"fractions must be [N], [..., N] or [..., A, N] with [..., A] = {tuple(rows)} and at least one"
+                f" fraction, got {tuple(shape)}"
             )
-        j = torch.arange(self.phi.in_features, dtype=fractions.dtype, device=fractions.device)
-        features = F.relu(self.phi(torch.cos(fractions.unsqueeze(-1) * (math.pi * j))))
-        own = fractions.dim() > 1 and fractions.shape[:-1] == agents
-        return features if own else features.unsqueeze(-3)
+        return fractions if isinstance(fractions, QuantileFeatures) else self.features(fractions)

@@ -14,6 +14,7 @@ from fastmix.algorithms.batch import EpisodeBatch, Scheme
 from fastmix.algorithms.config import AlgorithmConfig
 from fastmix.ops import quantile_loss, select
 from fastmix.ops._checks import check_choice
+from fastmix.ops.implicit import QuantileFeatures
 
 PURPOSES: Final = {
     "agent": "policy", "residual_agent": "policy", "central_agent": "target", "target_agent": "target",
@@ -127,9 +128,9 @@ class Distributional(Algorithm):
         states = [output.hidden_states for output in outputs]
         return [hidden for hidden in states if hidden is not None]
 
-    def _greedy(self, name: str, hidden: Tensor, fractions: Tensor, batch: EpisodeBatch) -> Tensor:
+    def _greedy(self, name: str, hidden: Tensor, features: QuantileFeatures, batch: EpisodeBatch) -> Tensor:
         """``[B, T + 1, A]``: the actions whose mean over quantiles is largest by the network ``name``."""
-        return select(self._agent(name).means(hidden, fractions), batch.avail_actions).greedy_actions
+        return select(self._agent(name).means(hidden, features), batch.avail_actions).greedy_actions
 
     def _loss(self, z: Tensor, targets: Tensor, fractions: Tensor, batch: EpisodeBatch, factor: float) -> Tensor:
         """The quantile loss of ``z [B, T, K, N]`` at fractions ``[B, T, N]``, or ``[B, T, A, N]``; 0-dim."""

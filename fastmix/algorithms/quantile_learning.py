@@ -41,17 +41,19 @@ class QuantileLearning(Distributional):
         c = self.config
         with part("unrolls"):
             online, target = self._trunks(batch.obs, batch.last_actions, "agent", "target_agent")
+        agent, target_agent = self._agent("agent"), self._agent("target_agent")
         with part("quantiles"):
             fractions, target_fractions = (self.draw(name, *batch.obs.shape[:2]) for name in ("agent", "target_agent"))
-            agent_zs = self._agent("agent").quantiles(online[:, :-1], fractions[:, :-1], batch.actions[:, :-1])
+            features, target_features = agent.features(fractions), target_agent.features(target_fractions)
+            agent_zs = agent.quantiles(online, features, batch.actions)[:, :-1]
         with part("mixer"):
             z_tot = self._mix("mixer", agent_zs, batch.states[:, :-1])
 
         with torch.no_grad():
             with part("select"):
-                by = ("agent", online, fractions) if c.double_q else ("target_agent", target, target_fractions)
+                by = ("agent", online, features) if c.double_q else ("target_agent", target, target_features)
                 greedy = self._greedy(*by, batch)
-                target_zs = self._agent("target_agent").quantiles(target, target_fractions, greedy)
+                target_zs = target_agent.quantiles(target, target_features, greedy)
             with part("targets"):
                 bootstraps = self._mix("target_mixer", target_zs, batch.states)
                 rewards, targets = self._returns(batch, bootstraps)

@@ -84,11 +84,12 @@ class ResZ(Distributional):
         names = ("agent", "residual_agent", "central_agent", "target_central_agent")
         with part("unrolls"):
             hidden = dict(zip(names, self._trunks(batch.obs, batch.last_actions, *names), strict=True))
+        states = batch.states[:, :-1]
         with part("quantiles"):
             fractions = {name: self.draw(name, *batch.obs.shape[:2]) for name in names}
-            taken, states = batch.actions[:, :-1], batch.states[:, :-1]
+            features = {name: self._agent(name).features(fractions[name]) for name in names}
             main, residual, central = (
-                self._agent(name).quantiles(hidden[name][:, :-1], fractions[name][:, :-1], taken) for name in names[:3]
+                self._agent(name).quantiles(hidden[name], features[name], batch.actions)[:, :-1] for name in names[:3]
             )
         with part("mixer"):
             z_tot, z_central = self._mix("mixer", main, states), self._mix("central_mixer", central, states)
@@ -97,8 +98,8 @@ class ResZ(Distributional):
         with torch.no_grad():
             with part("select"):
                 by = "agent" if c.double_q else "target_central_agent"
-                greedy = self._greedy(by, hidden[by], fractions[by], batch)
-                target = (hidden["target_central_agent"], fractions["target_central_agent"])
+                greedy = self._greedy(by, hidden[by], features[by], batch)
+                target = (hidden["target_central_agent"], features["target_central_agent"])
                 target_zs = self._agent("target_central_agent").quantiles(*target, greedy)
                 masked = self._masked(greedy, batch.actions)
             with part("targets"):

@@ -2,6 +2,7 @@
 
 from fastmix.ops.attention import attention
 from fastmix.ops.duplex import duplex, importance, recognise
+from fastmix.ops.implicit import chosen_quantiles, quantile_features
 from fastmix.ops.monotonic import monotonic
 from fastmix.ops.quantile import fractions, mean_shape, midpoints, quantile_loss, quantile_mix
 from fastmix.ops.recurrent import recurrent
@@ -12,12 +13,14 @@ from fastmix.ops.unrestricted import unrestricted
 
 __all__ = [
     "attention",
+    "chosen_quantiles",
     "duplex",
     "fractions",
     "importance",
     "mean_shape",
     "midpoints",
     "monotonic",
+    "quantile_features",
     "quantile_loss",
     "quantile_mix",
     "recognise",
