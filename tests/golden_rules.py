@@ -880,7 +880,7 @@ RULES: Mapping[str, Rule] = {
     "agent/ff": _rule(check_agent),
     "resq.rnn_agent": _rule(check_agent_step, "recurrent"),
     "resq.central_rnn_agent": _rule(check_agent_step, "recurrent"),
-    "dfac.iqn_agent": _rule(check_iqn_agent, "recurrent"),
+    "dfac.iqn_agent": _rule(check_iqn_agent, "recurrent", "implicit"),
     "dfac.quantile_huber": _rule(check_quantile_loss, "quantile"),
     "returns": _rule(check_returns, "returns"),
     "returns_q": _rule(check_returns, "returns"),
@@ -901,8 +901,10 @@ RULES: Mapping[str, Rule] = {
     "resz.datten": _rule(check_quantile_mixer, "attention"),
     "resz.central_atten": _rule(check_quantile_mixer, "attention"),
     "resz.central_ff": _rule(check_quantile_mixer, "unrestricted"),
-    "dfac.learner": _rule(check_distributional, *_STEP, "monotonic", "quantile"),
-    "resz.learner": _rule(check_distributional, *_STEP, "monotonic", "unrestricted", "attention", "quantile"),
+    "dfac.learner": _rule(check_distributional, *_STEP, "monotonic", "quantile", "implicit"),
+    "resz.learner": _rule(
+        check_distributional, *_STEP, "monotonic", "unrestricted", "attention", "quantile", "implicit"
+    ),
     "replay_ring": Rule(check_replay_ring, (), (torch.float64,)),
     "epsilon_schedule": Rule(check_epsilon_schedule, (), (torch.float64,)),
 }

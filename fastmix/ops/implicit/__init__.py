@@ -22,13 +22,13 @@ def quantile_features(
     of the mean feature.
 
     Args:
-        fractions: ``[..., N]``, constant.
+        fractions: ``[..., N]``.
         weight, bias: ``W [D, n]`` and ``b [D]``.
         backend: ``None`` for the automatic choice, or a name of `fastmix.backends.NAMES`.
 
     Returns:
-        A `QuantileFeatures`, differentiable once in ``weight`` and ``bias``; through the reference also in
-        ``fractions``. Under autocast half-precision arguments are promoted to float32 and so is the result.
+        A `QuantileFeatures`, differentiable once in ``fractions``, ``weight`` and ``bias``. Under autocast
+        half-precision arguments are promoted to float32 and so is the result.
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype or device.
@@ -49,8 +49,7 @@ def quantile_features(
     _checks.check_shape("bias", bias, (weight.shape[0],), "[D]")
     for name, tensor in (("weight", weight), ("bias", bias)):
         _checks.check_like(name, tensor, fractions, "fractions")
-    limit = "it gives no gradient of fractions" if fractions.requires_grad and torch.is_grad_enabled() else None
-    if backends.resolve("implicit", fractions, backend, native_limit=limit) == "native":
+    if backends.resolve("implicit", fractions, backend) == "native":
         return native.quantile_features(fractions, weight, bias)
     return reference.quantile_features(fractions, weight, bias)
 

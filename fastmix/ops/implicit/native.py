@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ _run_quantiles, _run_quantiles_backward = (
 
 
 def quantile_features(fractions: Tensor, weight: Tensor, bias: Tensor) -> QuantileFeatures:
-    """See `fastmix.ops.quantile_features`; arguments are already checked, and ``fractions`` want no gradient."""
+    """See `fastmix.ops.quantile_features`; arguments are already checked."""
     leading, n = fractions.shape[:-1], fractions.shape[-1]
-    values, mean = _features(fractions.detach().reshape(leading.numel(), n), weight, bias)
+    values, mean = _features(fractions.reshape(leading.numel(), n), weight, bias)
     width = weight.shape[0]
     return QuantileFeatures(values.reshape(*leading, n, width), mean.reshape(*leading, width))
 
@@ -60,14 +61,29 @@ def _features_fake(fractions: Tensor, weight: Tensor, bias: Tensor) -> tuple[Ten
 def _features_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     fractions, weight, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(fractions, output[0])
-    ctx.n_cosines = weight.shape[1]
+    ctx.save_for_backward(fractions, output[0], weight)
 
 
 def _features_backward(ctx: Any, grad_values: Tensor | None, grad_mean: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_values is None and grad_mean is None:
         return None, None, None
-    return None, *_features_gradient(*ctx.saved_tensors, grad_values, grad_mean, ctx.n_cosines)
+    fractions, values, weight = ctx.saved_tensors
+    grad_fractions = None
+    if ctx.needs_input_grad[0]:
+        grad_fractions = _fractions_gradient(fractions, values, weight, grad_values, grad_mean)
+    return grad_fractions, *_features_gradient(fractions, values, grad_values, grad_mean, weight.shape[1])
+
+
+def _fractions_gradient(
+    fractions: Tensor, values: Tensor, weight: Tensor, grad_values: Tensor | None, grad_mean: Tensor | None
+) -> Tensor:
+    """In plain PyTorch: nothing that learns asks for it."""
+    grad = torch.zeros_like(values) if grad_values is None else grad_values
+    if grad_mean is not None:
+        grad = grad + grad_mean.unsqueeze(-2) / values.shape[1]
+    angle = math.pi * torch.arange(weight.shape[1], dtype=values.dtype, device=values.device)
+    slopes = -angle * torch.sin(fractions.unsqueeze(-1) * angle)
+    return ((grad.masked_fill(values <= 0, 0) @ weight) * slopes).sum(-1)
 
 
 def _gradient_forward(
