@@ -238,8 +238,36 @@ def quantile(draw: Draw) -> None:
     _compare(draw, [theta, agents], run)
 
 
+def implicit(draw: Draw) -> None:
+    """Features of fractions, their mean, and the quantiles of chosen actions."""
+    lead = [draw.size(f"dim{i}", 9, 0) for i in range(draw.size("dims", 2, 0))]
+    n_agents, n, width = draw.size("agents", 12), draw.size("quantiles", 40), draw.size("width", 80)
+    # The reference rounds its angles to float32, the core does not: there, cosines of 0 only.
+    n_cosines, n_actions = draw.size("cosines", 70 if draw.dtype == torch.float64 else 1), draw.size("actions", 20)
+    taus = torch.sigmoid(draw.tensor(*lead, n))
+    hidden = draw.tensor(*lead, n_agents, width, grad=True)
+    actions = draw.integers(0, n_actions, *lead, n_agents)
+    phi = [draw.tensor(width, n_cosines, grad=True), draw.tensor(width, grad=True)]
+    fc2 = [draw.tensor(n_actions, width, grad=True), draw.tensor(n_actions, grad=True)]
+
+    def run(backend: str) -> Any:
+        values, mean = ops.quantile_features(taus, *phi, backend=backend)
+        return [values, mean, ops.chosen_quantiles(hidden, values, actions, *fc2, backend=backend)]
+
+    _compare(draw, [hidden, *phi, *fc2], run)
+
+
 PROBLEMS: dict[str, Callable[[Draw], None]] = {
-    problem.__name__: problem for problem in (select, returns, monotonic, recurrent, td_loss, quantile)
+    problem.__name__: problem
+    for problem in (
+        select,
+        returns,
+        monotonic,
+        recurrent,
+        td_loss,
+        quantile,
+        implicit,
+    )  # fmt: skip
 }
 
 

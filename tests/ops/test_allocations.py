@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from fastmix import backends
-from fastmix.ops import fractions, mean_shape, monotonic, quantile_loss, recurrent, returns, select, td_loss
+from fastmix.ops import (
+    chosen_quantiles,
+    fractions,
+    mean_shape,
+    monotonic,
+    quantile_features,
+    quantile_loss,
+    recurrent,
+    returns,
+    select,
+    td_loss,
+)
 from fastmix.testing import assert_close, poisoned_allocations
 from tests.generators import Shape, episodes, monotonic_params, recurrent_params
 from tests.ops.support import gradients
@@ -41,6 +52,13 @@ def run_td_loss(backend: str) -> tuple[list[Tensor], list[Tensor]]:
     ), inputs
 
 
+def run_implicit(backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    inputs = [torch.randn(size, requires_grad=True) for size in ((29, 3, 33), (33, 9), (33,), (5, 33), (5,))]
+    features = quantile_features(torch.rand(29, 8), *inputs[1:3], backend=backend)
+    z = chosen_quantiles(inputs[0], features.values, torch.randint(5, (29, 3)), *inputs[3:], backend=backend)
+    return [*features, z], inputs
+
+
 def run_quantile(backend: str) -> tuple[list[Tensor], list[Tensor]]:
     inputs = [torch.randn(4, 7, 3, 9, requires_grad=True) for _ in range(2)]
     drawn = fractions((4, 7, 1, 9), torch.tensor([1, 2]), backend=backend)
@@ -65,7 +83,7 @@ def run_recurrent(backend: str) -> tuple[list[Tensor], list[Tensor]]:
 
 OPS: dict[str, Callable[[str], tuple[list[Tensor], list[Tensor]]]] = {
     "select": run_select, "returns": run_returns, "td_loss": run_td_loss, "quantile": run_quantile,
-    "monotonic": run_monotonic, "recurrent": run_recurrent,
+    "implicit": run_implicit, "monotonic": run_monotonic, "recurrent": run_recurrent,
 }  # fmt: skip
 
 
