@@ -39,6 +39,10 @@ WEIGHTS: Final[dict[str, dict[str, dict[str, Any]]]] = {
     "matrix2": {name: _ONE_AND_NOTHING for name in ("powqmix", "powqmix_opt")},
     "matrix3": {name: _ONE_AND_NOTHING for name in ("powqmix", "powqmix_opt")},
 }
+# ResZ's released configuration has a residual that is a sum over agents. In a symmetric game, whose agents learn the same
+# values, a sum minus the absolute value of a sum cannot be 0 at BB and BC and 7.9 at CC; the appendix' tables are. The
+# unrestricted form, an option of the released code and what ResQ has, can.
+FORMS: Final[dict[str, dict[str, Any]]] = {"resz": {"residual_mixer": "resz_central_ff"}}
 ALGORITHMS: Final[dict[str, tuple[str, ...]]] = {
     "matrix3": ("resq", "resz", "dmix", "ddn", "qtran", "qplex", "cw_qmix", "ow_qmix")
 }
@@ -112,7 +116,12 @@ def _configs(
             raise ValueError(f"--algos has {name!r}; the algorithms are {', '.join(algorithms.REGISTRY)}")
     return {
         f"{name}/seed-{seed}": TrainConfig(
-            name, game.env, preset, seed, t_max, overrides={**PROTOCOL, **WEIGHTS[game.name].get(name, {})}
+            name,
+            game.env,
+            preset,
+            seed,
+            t_max,
+            overrides={**PROTOCOL, **FORMS.get(name, {}), **WEIGHTS[game.name].get(name, {})},
         )
         for name in dict.fromkeys(names or ALGORITHMS.get(game.name, tuple(algorithms.REGISTRY)))
         for seed in range(n_seeds)
