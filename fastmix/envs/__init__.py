@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fastmix.envs.group_matching import GroupMatching, make_group_matching
 from fastmix.envs.matrix import MatrixGame, Payoff, make_matrix
 from fastmix.envs.prey import PreyEnv, make_prey
 from fastmix.envs.protocol import BatchedEnv, EnvInfo, StateDict
 
-__all__ = ["REGISTRY", "BatchedEnv", "EnvInfo", "MatrixGame", "Payoff", "PreyEnv", "StateDict", "make"]
+__all__ = ["REGISTRY", "BatchedEnv", "EnvInfo", "GroupMatching", "MatrixGame", "Payoff", "PreyEnv", "StateDict", "make"]
 
 # family -> factory(what follows the colon, n_envs, seed)
-REGISTRY: dict[str, Callable[[str, int, int], BatchedEnv]] = {"matrix": make_matrix, "prey": make_prey}
+REGISTRY: dict[str, Callable[[str, int, int], BatchedEnv]] = {
+    "group_matching": make_group_matching,
+    "matrix": make_matrix,
+    "prey": make_prey,
+}
 
 
 def make(name: str, n_envs: int, seed: int) -> BatchedEnv:

@@ -18,7 +18,7 @@ NAME: Final = "prey"
 ALGORITHMS: Final = ("qmix", "qplex", "cw_qmix", "ow_qmix", "resq_vdn", "powqmix")
 """ResQ mixes its main part by a plain sum in predator-prey (its appendix)."""
 PUNISHMENTS: Final = (0.0, -2.0, -3.0)
-"""Of the three the text names only -3. 0 is one, as epsilon has another schedule where it is not 0; -2 is that of WQMIX."""
+"""Of the three the text names only -3. 0 is one, as epsilon has another schedule elsewhere; -2 is that of WQMIX."""
 PRESET: Final = "pymarl2"
 T_MAX: Final = 2_050_000
 DEFAULT_SEEDS: Final = 5
