@@ -252,7 +252,7 @@ def test_wrong_use_is_explained() -> None:
         ({"capacity": 0}, "buffer_size is 0"),
         ({"n_writers": 0}, "n_writers is 0"),
         ({"bucket": 0}, "bucket is 0"),
-        ({"obs_dtype": "int8"}, "obs_dtype is 'int8'"),
+        ({"obs_dtype": "int4"}, "obs_dtype is 'int4'"),
     ):
         with pytest.raises(ValueError, match=message):
             ReplayBuffer(SCHEME, **({"capacity": 2} | arguments))
