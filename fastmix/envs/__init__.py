@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fastmix.envs.custom import make_custom
 from fastmix.envs.group_matching import GroupMatching, make_group_matching
 from fastmix.envs.matrix import MatrixGame, Payoff, make_matrix
 from fastmix.envs.prey import PreyEnv, make_prey
@@ -16,6 +17,7 @@ REGISTRY: dict[str, Callable[[str, int, int], BatchedEnv]] = {
     "group_matching": make_group_matching,
     "matrix": make_matrix,
     "prey": make_prey,
+    "python": make_custom,
 }
 
 
