@@ -17,19 +17,29 @@
 // and holds of each hidden layer both the values and the sum of the gradients; two tiles of rows would not fit beside
 // each other, and reading the activations and writing their gradients takes as long as shared memory does.
 #include "cuda/launch.h"
-#include "cuda/mma.cuh"
+#include "cuda/ptx.h"
 #include "fastmix/monotonic.h"
 
 namespace fastmix {
 namespace {
 
 using FASTMIX_ISA::ceil_div;
+using FASTMIX_ISA::copies_arrived;
+using FASTMIX_ISA::copy_async;
 using FASTMIX_ISA::current_device;
 using FASTMIX_ISA::Device;
+using FASTMIX_ISA::end_copies;
 using FASTMIX_ISA::kAllLanes;
+using FASTMIX_ISA::kTooOld;
+using FASTMIX_ISA::keep;
 using FASTMIX_ISA::kWarp;
 using FASTMIX_ISA::launch;
 using FASTMIX_ISA::launched;
+using FASTMIX_ISA::load2_if;
+using FASTMIX_ISA::load_if;
+using FASTMIX_ISA::multiply_tf32;
+using FASTMIX_ISA::prefetch;
+using FASTMIX_ISA::to_tf32;
 
 constexpr int kStep = MonotonicPacked::kFirstStep, kMatrix = MonotonicPacked::kMatrix;
 constexpr int kForward = MonotonicPacked::kForward, kUnit = MonotonicPacked::kUnit;
@@ -87,7 +97,7 @@ __device__ __forceinline__ void multiply(float (&c)[M][N][4], int first, const O
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float (&b_part)[2] = product == 1 ? b[i].low : b[i].high;
-        mma_tf32(c[m][first + i], product == 0 ? a[m].low : a[m].high, b_part[0], b_part[1]);
+        multiply_tf32(c[m][first + i], product == 0 ? a[m].low : a[m].high, b_part[0], b_part[1]);
       }
     }
   }
@@ -267,7 +277,7 @@ __device__ __forceinline__ void generate(float (&z)[M][N][4], float (&h)[M][kHid
     for (int m = 0; m < M; ++m) {
       if constexpr (kFull && M > 1) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) opaque(h[m][k][i]);  // or all are split once for all units, which spills
+        for (int i = 0; i < 4; ++i) keep(h[m][k][i]);  // or all are split once for all units, which spills
       }
       a[m] = operand<kFull>(h[m][k]);
     }
@@ -333,6 +343,7 @@ struct InPair {
 constexpr int kPair = 4 * kWarp;
 
 __global__ void __launch_bounds__(kPackThreads) pack_kernel(const MonotonicPackCuda p, const MonotonicPacked at) {
+  if (kTooOld) return;
   const int64_t i = int64_t{blockIdx.x} * kPackThreads + threadIdx.x;
   if (i >= at.total) return;
   float value = 0;
@@ -399,6 +410,7 @@ __device__ __forceinline__ void load_states(float (&a)[2][4], const float* const
 template <bool kFull, bool kEven>
 __global__ void __launch_bounds__(2 * kMostPairs * kWarp, 1)
     forward_kernel(const MonotonicForwardCuda p, const MonotonicPacked at, const Cut cut) {
+  if (kTooOld) return;
   extern __shared__ __align__(16) float memory[];
   const int lane = static_cast<int>(threadIdx.x % kWarp), g = lane / 4, t = lane % 4;
   const int pair = static_cast<int>(threadIdx.x / (2 * kWarp)), pairs = static_cast<int>(blockDim.x / (2 * kWarp));
@@ -697,6 +709,7 @@ __device__ __forceinline__ void go_back(float (&dh)[1][kHiddenTiles][4], const f
 template <bool kFull>
 __global__ void __launch_bounds__((kFull ? kMostWarpsFull : kMostWarps) * kWarp, 1)
     backward_rows_kernel(const MonotonicBackwardRowsCuda p, const MonotonicPacked at, const Cut cut) {
+  if (kTooOld) return;
   extern __shared__ __align__(16) float memory[];
   int thread = static_cast<int>(threadIdx.x);
   const int agents = static_cast<int>(p.agents);
@@ -718,7 +731,7 @@ __global__ void __launch_bounds__((kFull ? kMostWarpsFull : kMostWarps) * kWarp,
   look_ahead(blockIdx.x);
 
   for (int tile = blockIdx.x; tile < cut.tiles; tile += gridDim.x) {
-    opaque(thread);  // or what follows from it stays in registers for all tiles, which spills
+    keep(thread);  // or what follows from it stays in registers for all tiles, which spills
     const int warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
     const int first_row = tile * tile_rows + warp * kRows + g;
     if (tile + static_cast<int>(gridDim.x) < cut.tiles) look_ahead(tile + gridDim.x);
