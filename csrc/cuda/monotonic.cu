@@ -30,8 +30,8 @@ using FASTMIX_ISA::current_device;
 using FASTMIX_ISA::Device;
 using FASTMIX_ISA::end_copies;
 using FASTMIX_ISA::kAllLanes;
-using FASTMIX_ISA::kTooOld;
 using FASTMIX_ISA::keep;
+using FASTMIX_ISA::kTooOld;
 using FASTMIX_ISA::kWarp;
 using FASTMIX_ISA::launch;
 using FASTMIX_ISA::launched;
@@ -85,11 +85,14 @@ __device__ __forceinline__ float rounded(float x) {
 }
 
 // c[m][first], c[m][first + 1] += a[m] b for M tiles of rows, of a pair of column tiles whose fragments lie together.
-template <bool kFull, int M, int N>
+// The matrix unit cuts its sums off, always towards zero, which adds up in long sums: with kRounds the three products
+// of full precision start from zero and are added by rounding. (The first layer has no registers left for that.)
+template <bool kFull, bool kRounds, int M, int N>
 __device__ __forceinline__ void multiply(float (&c)[M][N][4], int first, const Operand<4> (&a)[M], const float* pair) {
   const float4 v = *reinterpret_cast<const float4*>(pair);
   const float even[2] = {v.x, v.y}, odd[2] = {v.z, v.w};
   const Operand<2> b[2] = {operand<kFull>(even), operand<kFull>(odd)};
+  float part[M][2][4] = {};
 #pragma unroll
   for (int product = kFull ? 0 : 2; product < 3; ++product) {  // the small ones first
 #pragma unroll
@@ -97,8 +100,16 @@ __device__ __forceinline__ void multiply(float (&c)[M][N][4], int first, const O
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float (&b_part)[2] = product == 1 ? b[i].low : b[i].high;
-        multiply_tf32(c[m][first + i], product == 0 ? a[m].low : a[m].high, b_part[0], b_part[1]);
+        float (&sum)[4] = kFull && kRounds ? part[m][i] : c[m][first + i];
+        multiply_tf32(sum, product == 0 ? a[m].low : a[m].high, b_part[0], b_part[1]);
       }
+    }
+  }
+  if constexpr (kFull && kRounds) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) c[m][first + i / 4][i % 4] += part[m][i / 4][i % 4];
     }
   }
 }
@@ -283,7 +294,7 @@ __device__ __forceinline__ void generate(float (&z)[M][N][4], float (&h)[M][kHid
     }
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
-      multiply<kFull>(z, n, a, unit + ((k * kEmbedTiles / 2 + pair + n / 2) * kWarp + lane) * 4);
+      multiply<kFull, false>(z, n, a, unit + ((k * kEmbedTiles / 2 + pair + n / 2) * kWarp + lane) * 4);
     }
   }
 }
@@ -464,7 +475,7 @@ __global__ void __launch_bounds__(2 * kMostPairs * kWarp, 1)
       }
       load_states<kEven>(ahead[i % kAhead], states, 8 * (i + kAhead), left);
 #pragma unroll
-      for (int j = 0; j < 12; j += 2) multiply<kFull>(c, j, a, weights + i * kStep + j / 2 * kPair);
+      for (int j = 0; j < 12; j += 2) multiply<kFull, false>(c, j, a, weights + i * kStep + j / 2 * kPair);
     };
     int steps = chunks.n_steps;
     for (; steps >= kSteps; steps -= kSteps) {
@@ -702,7 +713,7 @@ __device__ __forceinline__ void go_back(float (&dh)[1][kHiddenTiles][4], const f
   const Operand<4> a[1] = {operand<kFull>(dz)};
 #pragma unroll
   for (int n = 0; n < kHiddenTiles; n += 2) {
-    multiply<kFull>(dh, n, a, transposed + ((tile * kHiddenTiles / 2 + n / 2) * kWarp + lane) * 4);
+    multiply<kFull, true>(dh, n, a, transposed + ((tile * kHiddenTiles / 2 + n / 2) * kWarp + lane) * 4);
   }
 }
 

@@ -93,11 +93,16 @@ struct FragmentA {
 template <bool kFull>
 __device__ __forceinline__ void multiply(float (&c)[4], const FragmentA<kFull>& a, const Operand<kFull>& b0,
                                          const Operand<kFull>& b1) {
-  if constexpr (kFull) {  // the small ones first
-    multiply_tf32(c, a.low, b0.high, b1.high);
-    multiply_tf32(c, a.high, b0.low, b1.low);
+  if constexpr (kFull) {  // the small ones first; added by rounding, as the matrix unit cuts its sums off
+    float part[4] = {};
+    multiply_tf32(part, a.low, b0.high, b1.high);
+    multiply_tf32(part, a.high, b0.low, b1.low);
+    multiply_tf32(part, a.high, b0.high, b1.high);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[i] += part[i];
+  } else {
+    multiply_tf32(c, a.high, b0.high, b1.high);
   }
-  multiply_tf32(c, a.high, b0.high, b1.high);
 }
 
 // Row by row, where each begins; only the first one takes a division.

@@ -38,8 +38,8 @@ __device__ __forceinline__ void multiply_half(float (&d)[4], const uint32_t (&a)
 
 // d[16, 8] += a[16, 8] b[8, 8], factors as to_tf32 makes them. A lane has
 //   a: rows g, g + 8, g, g + 8 and column t, the last two t + 4;  b: column g and rows t, t + 4;  d: as above.
-// The sum may take its eight terms in any order. Where a and b both take column 2t as t and column 2t + 1 as t + 4, sums
-// (d0, d2, d1, d3) are the `a` of a next product: results become factors without leaving the lane.
+// The sum may take its eight terms in any order. Where a and b both take column 2t as t and column 2t + 1 as t + 4,
+// sums (d0, d2, d1, d3) are the `a` of a next product: results become factors without leaving the lane.
 __device__ __forceinline__ void multiply_tf32(float (&d)[4], const float (&a)[4], float b0, float b1) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
@@ -48,8 +48,8 @@ __device__ __forceinline__ void multiply_tf32(float (&d)[4], const float (&a)[4]
         "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 
-// Rounded to the nearest tf32 (10 bits of mantissa), ties away from zero; the matrix unit by itself would cut the low 13
-// bits off.
+// Rounded to the nearest tf32 (10 bits of mantissa), ties away from zero; the matrix unit by itself would cut the low
+// 13 bits off.
 __device__ __forceinline__ float to_tf32(float x) {
   uint32_t rounded;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
@@ -73,9 +73,9 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&d)[4], const
 
 // ---- Global memory ----
 
-// kBytes (4, 8 or 16; both addresses on a multiple of it) from global to shared memory, zeros where not `inside`. It does
-// not wait: this thread sees them after `copies_arrived`, others behind a barrier after that. Nothing is read from where
-// it is not inside.
+// kBytes (4, 8 or 16; both addresses on a multiple of it) from global to shared memory, zeros where not `inside`. It
+// does not wait: this thread sees them after `copies_arrived`, others behind a barrier after that. Nothing is read from
+// where it is not inside.
 template <int kBytes = 16>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool inside = true) {
 #if __CUDA_ARCH__ >= 800
@@ -136,8 +136,8 @@ __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch
 // All `threads` threads of the block, wherever in the code they meet: __syncthreads wants one place.
 __device__ __forceinline__ void meet(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
 
-// From here on the compiler does not know how `x` came about, and keeps it in a register instead of what it could make it
-// from (again and again, in front of the load that everything waits for).
+// From here on the compiler does not know how `x` came about, and keeps it in a register instead of what it could make
+// it from (again and again, in front of the load that everything waits for).
 __device__ __forceinline__ void keep(int& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void keep(float& x) { asm volatile("" : "+f"(x)); }
 

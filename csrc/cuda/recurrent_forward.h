@@ -75,7 +75,7 @@ template <int kWidth, int kPlanes>
 struct InputMemory {
   float inputs[2][kInputRows][kInputStride];
   float weights[2][kPlanes][kWidth][kInputStride];  // factors of multiply_tf32
-  int64_t offset[kInputRows];                          // of an observation
+  int64_t offset[kInputRows];                       // of an observation
   int action[kInputRows], agent[kInputRows];
 };
 

@@ -103,8 +103,8 @@ inline int device = 0;
 }  // namespace emulation
 inline cudaError_t cudaGetDevice(int* device) { return *device = emulation::device, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  // One like an H100, one like an RTX 4090, but with so few multiprocessors that blocks get to do more than one tile; and
-  // an H100 as it is.
+  // One like an H100, one like an RTX 4090, but with so few multiprocessors that blocks get to do more than one tile;
+  // and an H100 as it is.
   constexpr int kValues[3][4] = {{2, 227 * 1024, 9, 0}, {3, 99 * 1024, 8, 9}, {132, 227 * 1024, 9, 0}};
   return *value = kValues[device][attribute], cudaSuccess;
 }
@@ -449,7 +449,8 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = warpSize) {
   return from < (lane & ~(width - 1)) + width ? brought[from] : value;
 }
 
-// --- Asynchronous copies ----------------------------------------------------------------------------------------------
+// --- Asynchronous copies
+// ----------------------------------------------------------------------------------------------
 
 namespace emulation {
 
@@ -461,7 +462,8 @@ To same_bits(From value) {
   return result;
 }
 
-// Copies happen as late as they may, when they are waited for; until then their place holds nothing that means anything.
+// Copies happen as late as they may, when they are waited for; until then their place holds nothing that means
+// anything.
 inline void copy_async(void* to, const void* from, size_t bytes, bool inside) {
   const auto* place = static_cast<unsigned char*>(to);
   if (place < shared_memory || place + bytes > shared_memory + dynamic_size + static_size) fail("copy out of bounds");

@@ -138,9 +138,7 @@ inline float fast_reciprocal(float x) { return 1 / x; }
 inline uint32_t pack_half(float low, float high) {
   return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16;
 }
-inline float2 unpack_half(uint32_t pair) {
-  return {halves()[pair & 0xffff], halves()[pair >> 16]};
-}
+inline float2 unpack_half(uint32_t pair) { return {halves()[pair & 0xffff], halves()[pair >> 16]}; }
 inline uint32_t times_half(uint32_t x, uint32_t y) {
   const float2 a = unpack_half(x), b = unpack_half(y);
   return pack_half(a.x * b.x, a.y * b.y);
