@@ -449,8 +449,7 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = warpSize) {
   return from < (lane & ~(width - 1)) + width ? brought[from] : value;
 }
 
-// --- Asynchronous copies
-// ----------------------------------------------------------------------------------------------
+// --- Asynchronous copies ---------------------------------------------------------------------------------------------
 
 namespace emulation {
 
