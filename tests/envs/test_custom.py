@@ -43,9 +43,7 @@ def test_the_documented_environment_keeps_its_word(my_games: Path) -> None:
 
 def test_it_is_trained_on(my_games: Path) -> None:
     words = ["train", "--algo", "vdn", "--env", "python:my_games.make_meet", "--t-max", "600", "--batch-size", "8"]
-    assert (
-        main([*words, "--seeds", "2", "--workers", "2", "--rnn-hidden-dim", "8", "--out", "run", "--no-progress"]) == 0
-    )
+    assert main([*words, "--seeds", "2", "--workers", "2", "--rnn-hidden-dim", "8", "--out", "run"]) == 0
     result = json.loads((my_games / "run" / "seed-1" / "result.json").read_text())
     assert result["updates"] > 0 and 0 <= result["test_win_rate"] <= 1
     assert len(result["absolute"]["won"]) == 320

@@ -406,9 +406,7 @@ def test_the_loop_learns(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the size of the process from Linux's /proc")
-@pytest.mark.parametrize(
-    ("env", "rounds"), [("ragged:x", 150), (f"{PREY},episode_limit=20", 250)]
-)  # 1,000 episodes of prey
+@pytest.mark.parametrize(("env", "rounds"), [("ragged:x", 150), (f"{PREY},episode_limit=20", 250)])  # 1,000 episodes
 def test_memory_stays_flat(tmp_path: Path, env: str, rounds: int) -> None:
     config = replace(RAGGED, env=env, t_max=10**6, checkpoint_interval=10**6, test_interval=10**6)
     trainer = Trainer(config, tmp_path)
