@@ -189,7 +189,8 @@ def test_a_residual_that_is_a_sum_cannot_complete_a_symmetric_game() -> None:
     """Why ResZ gets its unrestricted residual in matrix games, not the attention of its released configuration.
 
     With agents of equal values, ``Q_jt(i, j) = a_i + a_j - |c_i + c_j|`` off the greedy joint action. If that is 0 at
-    BB and at CC 7.9, then ``a_B = |c_B|`` and ``a_C = |c_C| + 3.95``, and by the triangle inequality BC is 3.95 at least.
+    BB and at CC 7.9, then ``a_B = |c_B|`` and ``a_C = |c_C| + 3.95``, and BC is 3.95 at least by the triangle
+    inequality.
     """
     for c_b, c_c in itertools.product([Fraction(i, 3) for i in range(-40, 41)], repeat=2):
         a_b, a_c = abs(c_b), abs(c_c) + Fraction(395, 100)
