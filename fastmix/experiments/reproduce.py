@@ -40,9 +40,9 @@ WEIGHTS: Final[dict[str, dict[str, dict[str, Any]]]] = {
     "matrix2": {name: _ONE_AND_NOTHING for name in ("powqmix", "powqmix_opt")},
     "matrix3": {name: _ONE_AND_NOTHING for name in ("powqmix", "powqmix_opt")},
 }
-# ResZ's released configuration has a residual that is a sum over agents. In a symmetric game, whose agents learn the same
-# values, a sum minus the absolute value of a sum cannot be 0 at BB and BC and 7.9 at CC; the appendix' tables are. The
-# unrestricted form, an option of the released code and what ResQ has, can.
+# ResZ's released configuration has a residual that is a sum over agents. In a symmetric game, whose agents learn the
+# same values, a sum minus the absolute value of a sum cannot be 0 at BB and BC and 7.9 at CC; the appendix' tables are.
+# The unrestricted form, an option of the released code and what ResQ has, can.
 FORMS: Final[dict[str, dict[str, Any]]] = {"resz": {"residual_mixer": "resz_central_ff"}}
 ALGORITHMS: Final[dict[str, tuple[str, ...]]] = {
     "matrix3": ("resq", "resz", "dmix", "ddn", "qtran", "qplex", "cw_qmix", "ow_qmix")
@@ -55,8 +55,9 @@ DEFAULT_SEEDS: Final = 10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``fastmix reproduce``."""
     parser.description = (
-        f"Train every algorithm (on matrix3: those of its table) on a matrix game of the papers: uniform exploration throughout, {T_MAX} steps, "
-        "the weights that the papers use there; then print our tables beside the published ones, and how many seeds "
+        f"Train every algorithm (on matrix3: those of its table) on a matrix game of the papers: uniform exploration "
+        f"throughout, {T_MAX} steps, the weights that the papers use there; then print our tables beside the published "
+        "ones, and how many seeds "
         "found the optimum beside what the papers claim. Or, with prey, train those of POWQMIX's Figure 2 "
         f"({', '.join(prey.ALGORITHMS)}; {prey.T_MAX} steps) on predator-prey, and draw the curves."
     )

@@ -267,7 +267,7 @@ PROBLEMS: dict[str, Callable[[Draw], None]] = {
         td_loss,
         quantile,
         implicit,
-    )  # fmt: skip
+    )
 }
 
 
