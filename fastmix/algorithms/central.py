@@ -77,7 +77,7 @@ class CentralCritic(Algorithm):
             assert chosen.all_greedy is not None
             greedy = chosen.greedy_actions
             best = greedy if c.double_q else select(rest.pop().q, batch.avail_actions).greedy_actions
-            central_qs = at_actions(central.q[:, :-1], batch.actions[:, :-1])
+            central_qs = at_actions(central.q, batch.actions)[:, :-1]
         with part("mixer"):
             q_star = self.networks["central_mixer"](central_qs, batch.states[:, :-1])
         with torch.no_grad(), part("targets"):
@@ -102,8 +102,9 @@ class CentralCritic(Algorithm):
 
 def at_actions(utilities: Tensor, actions: Tensor) -> Tensor:
     """``utilities [..., A, U]`` or ``[..., A, U, c]`` at ``actions [..., A]``: ``[..., A]``, or ``[..., A, c > 1]``."""
-    if utilities.dim() == actions.dim() + 1:
-        utilities = utilities.unsqueeze(-1)
-    embed = utilities.shape[-1]
-    values = utilities.gather(-2, actions[..., None, None].expand(*actions.shape, 1, embed)).squeeze(-2)
-    return values.squeeze(-1) if embed == 1 else values
+    if utilities.dim() > actions.dim() + 1 and utilities.shape[-1] == 1:
+        utilities = utilities.squeeze(-1)
+    index, *embed = actions.unsqueeze(-1), *utilities.shape[actions.dim() + 1 :]
+    if embed:
+        index = index.unsqueeze(-1).expand(*actions.shape, 1, *embed)
+    return utilities.gather(actions.dim(), index).squeeze(actions.dim())

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fastmix._parts import part
-from fastmix.algorithms import weighting
 from fastmix.algorithms.batch import EpisodeBatch
 from fastmix.algorithms.config import PRESETS
 from fastmix.algorithms.weighted_qmix import WeightedQMIX
 from fastmix.mixers import ImportanceRecogniser, Recogniser
 from fastmix.ops import select, td_loss
 from fastmix.ops.duplex import Recognition
+from fastmix.ops.td_loss import Favoured
 
 WEIGHTS: Final[dict[str, Any]] = {"w_high": 5.0, "w": 0.0}
 TRAINING: Final[dict[str, dict[str, Any]]] = {
@@ -55,7 +55,6 @@ class POWQMIX(WeightedQMIX):
         """See `Algorithm.losses`. Also what `WeightedQMIX.losses` has, and ``q_r`` and ``v_r``."""
         c = self.config
         critique = self._criticise(batch)
-        q_tot = self._q_tot(batch, critique)
         chosen_qs, max_qs = critique.utilities.chosen_qs, critique.utilities.greedy_qs
         assert chosen_qs is not None
         # Padded steps have no available action and so no largest utility; their advantages are 0.
@@ -64,14 +63,11 @@ class POWQMIX(WeightedQMIX):
         arguments = taken, batch.states[:, :-1], batch.actions[:, :-1], best
         with part("mixer"):
             recognition: Recognition = self.networks["recogniser"](*arguments)
-        with torch.no_grad(), part("targets"):
-            if c.weighting == "pow":
-                judge = self.networks["target_recogniser"](*arguments) if c.recogniser_target else recognition
-                potentially_optimal = judge.q_r >= judge.v - c.tolerance
-                weights = weighting.choose(c, potentially_optimal, q_tot)
-            else:
-                weights = self._weights(q_tot, critique)
-        terms = self._weighted(batch, critique, q_tot, weights)
+            judge = recognition
+            if c.recogniser_target:
+                judge = self.networks["target_recogniser"](*arguments)
+        favoured = Favoured("recognised", None, judge.q_r, judge.v, c.tolerance, high=c.w_high, low=c.w)
+        terms = self._weighted(batch, critique, favoured if c.weighting == "pow" else self._favoured(critique))
         with part("loss"):
             loss = td_loss(
                 recognition.q_r, critique.targets, batch.mask, weights=batch.weights,

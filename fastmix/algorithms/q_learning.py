@@ -43,7 +43,7 @@ class QLearning(Algorithm):
         """See `Algorithm.losses`.
 
         Also ``target_q_tot [B, T + 1, K]``, ``greedy_actions [B, T + 1, A]``, ``rewards [B, T, 1]`` as used, and
-        ``weights``.
+        with a weighting ``weights [B, T, 1]``.
         """
         c = self.config
         with part("unrolls"):
@@ -59,16 +59,14 @@ class QLearning(Algorithm):
             target_q_tot = self._bootstrap(batch, target.q, chosen)
             behaviour = self._behaviour(batch, target.q) if c.targets == "q_lambda" else None
             rewards, targets = self._returns(batch, target_q_tot, behaviour)
-            weights, scale = batch.weights, c.loss_scale
-            if c.weighting == "none":
-                scale *= c.w_high
-            else:
-                all_greedy = chosen.all_greedy[:, :-1].unsqueeze(-1)
-                weights = weighting.weights(c, q_tot, targets, target_q_tot[:, :-1], all_greedy)
-                weights = weighting.times(weights, batch.weights)
 
+        favoured, scale = None, c.loss_scale
+        if c.weighting == "none":
+            scale *= c.w_high
+        else:
+            favoured = weighting.favoured(c, target_q_tot[:, :-1], chosen.all_greedy[:, :-1].unsqueeze(-1))
         with part("loss"):
-            td = td_loss(q_tot, targets, batch.mask, weights=weights, scale=scale)
+            td = td_loss(q_tot, targets, batch.mask, weights=batch.weights, favoured=favoured, scale=scale)
         terms = {
             "loss": td.loss, "td_error": td.td_error, "q_tot": q_tot, "targets": targets, "rewards": rewards,
             "target_q_tot": target_q_tot, "greedy_actions": chosen.greedy_actions,
@@ -76,7 +74,7 @@ class QLearning(Algorithm):
         if value.logit_squares is not None:
             terms["attend_mag_regs"] = self._regulariser(value.logit_squares, batch.mask)
             terms["loss"] = td.loss + terms["attend_mag_regs"]
-        return terms if weights is None else terms | {"weights": weights}
+        return terms if td.factors is None else terms | {"weights": td.factors}
 
     @torch.inference_mode()
     def joint_values(

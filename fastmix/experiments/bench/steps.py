@@ -356,7 +356,7 @@ def _public_network(network: nn.Module, config: AlgorithmConfig, scheme: Scheme)
             norm = network.layer_norm is not None
             built = form.CellAgent(network.input_dim, network.fc2.out_features, network.hidden_dim, norm)
         case mixers.VDNMixer():
-            return form.VDNMixer()  # type: ignore[no-any-return]  # without parameters
+            return form.VDNMixer()  # without parameters
         case mixers.QMixer() | mixers.NMixer() if network.positivity == "abs":
             layers = 2 if isinstance(network, mixers.NMixer) else config.hypernet_layers
             built = form.QMixer(agents, states, config.mixing_embed_dim, layers, config.hypernet_embed)
