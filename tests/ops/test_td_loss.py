@@ -521,7 +521,7 @@ def test_cuda_graph_replays() -> None:
 
     def step() -> list[Tensor]:
         loss = problem.run("native", residual=problem.residual)
-        return [*loss, *torch.autograd.grad(loss.loss, [problem.qs, problem.residual])]
+        return [loss.loss, loss.td_error, *torch.autograd.grad(loss.loss, [problem.qs, problem.residual])]
 
     graph, results = captured(step)
     with torch.no_grad():
