@@ -101,7 +101,10 @@ def _checked(favoured: Favoured, qs: Tensor) -> Favoured:
             tensor = _checks.upcast(tensor) if _checks.autocast_enabled(qs) else tensor
             _checks.check_like(f"favoured.{name}", tensor, qs, "qs")
         read[name] = tensor.detach() if tensor.requires_grad else tensor
-    return Favoured(favoured.rule, *read.values(), *favoured[4:])
+    return Favoured(
+        favoured.rule, read["all_greedy"], read["values"], read["thresholds"], favoured.tolerance, favoured.high,
+        favoured.low,
+    )  # fmt: skip
 
 
 def _scalar(normaliser: Tensor | float, qs: Tensor) -> Tensor:
