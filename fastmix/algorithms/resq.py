@@ -51,13 +51,13 @@ class ResQ(CentralCritic):
         """See `Algorithm.losses`. Also ``q_res [B, T, 1]`` and the mask ``w_r``, the losses and what they are of."""
         c = self.config
         critique = self._criticise(batch, "residual_agent")
-        (residual,), states = critique.others, batch.states[:, :-1]
+        (residual,), rows = critique.others, critique.rows
         assert critique.utilities.chosen_qs is not None
         with part("select"):
-            residual_qs = at_actions(residual.q, batch.actions)[:, :-1]
+            residual_qs = at_actions(residual.q, batch.actions)
         with part("mixer"):
-            q_tot = self.networks["mixer"](critique.utilities.chosen_qs[:, :-1], states)
-            q_res = self._residual(residual_qs, states)
+            q_tot = rows.put(self.networks["mixer"](rows.take(critique.utilities.chosen_qs), critique.states))
+            q_res = rows.put(self._residual(rows.take(residual_qs), critique.states))
         with part("loss"):
             masked = None
             if c.condition in MASKS:

@@ -47,7 +47,8 @@ class WeightedQMIX(CentralCritic):
         """The loss of ``Q_tot`` and of the critic, and all terms so far."""
         assert critique.utilities.chosen_qs is not None
         with part("mixer"):
-            q_tot = self.networks["mixer"](critique.utilities.chosen_qs[:, :-1], batch.states[:, :-1])
+            rows = critique.rows
+            q_tot = rows.put(self.networks["mixer"](rows.take(critique.utilities.chosen_qs), critique.states))
         with part("loss"):
             td = td_loss(q_tot, critique.targets, batch.mask, weights=batch.weights, favoured=favoured)
         assert td.factors is not None
