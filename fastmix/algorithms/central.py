@@ -76,7 +76,9 @@ class CentralCritic(Algorithm):
         c = self.config
         names = ["agent", "central_agent", "target_central_agent", *others, *([] if c.double_q else ["target_agent"])]
         with part("unrolls"):
-            agent, central, target_central, *rest = self._unroll(batch.obs, batch.last_actions, *names)
+            agent, central, target_central, *rest = self._unroll(
+                batch.obs, batch.last_actions, *names, lengths=self._lengths(batch)
+            )
         with part("select"):
             chosen = select(agent.q, batch.avail_actions, actions=batch.actions)
             assert chosen.all_greedy is not None

@@ -48,7 +48,9 @@ class QLearning(Algorithm):
         """
         c = self.config
         with part("unrolls"):
-            online, target = self._unroll(batch.obs, batch.last_actions, "agent", "target_agent")
+            online, target = self._unroll(
+                batch.obs, batch.last_actions, "agent", "target_agent", lengths=self._lengths(batch)
+            )
         with part("select"):
             chosen = select(online.q, batch.avail_actions, actions=batch.actions, target_qs=target.q)
             assert chosen.chosen_qs is not None and chosen.all_greedy is not None
@@ -110,8 +112,8 @@ class QLearning(Algorithm):
                 value = JointValue(mixer(agent_qs, states))
             if rows is None:
                 return value
-            parts = (None if of is None else rows.put(of) for of in value)
-            return JointValue(*parts)
+            q_tot, *others = value
+            return JointValue(rows.put(q_tot), *(None if of is None else rows.put(of) for of in others))
 
     def _rows(self, batch: EpisodeBatch, *, bootstrap: bool = False) -> Rows:
         """What the mixer is asked for. Released code also regularises by padded steps, and utilities are no rows."""

@@ -1,4 +1,4 @@
-"""The steps of a batch that are part of an episode, as rows: mixers need not see padding."""
+"""What a batch holds beside padding: networks need not see the steps that shorter episodes do not have."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import torch
 from torch import Tensor
 
 from fastmix.algorithms.batch import EpisodeBatch
+
+
+def episode_lengths(batch: EpisodeBatch) -> Tensor | None:
+    """``[B]`` int64: stored steps of each episode, one more than its transitions; None on CUDA or if all are equal.
+
+    `fastmix.ops.recurrent` makes use of it on the CPU only.
+    """
+    live = batch.mask.squeeze(-1) != 0
+    if live.device.type != "cpu" or live.all():
+        return None
+    return (live * torch.arange(1, live.shape[1] + 1)).amax(1) + 1
 
 
 class Rows:
