@@ -218,7 +218,9 @@ def test_nothing_is_kept_without_gradients() -> None:
     inputs = make(case, torch.float32)
     arguments = (inputs.obs, inputs.last_actions, inputs.hidden, *inputs.network, True, False)
     assert (
-        torch.ops.fastmix.recurrent(*(a.detach() if isinstance(a, Tensor) else a for a in arguments), False)[3].numel()
+        torch.ops.fastmix.recurrent(*(a.detach() if isinstance(a, Tensor) else a for a in arguments), False, None)[
+            3
+        ].numel()
         == 0
     )
     with torch.no_grad():
@@ -344,11 +346,12 @@ def test_gradcheck(case: Case) -> None:
 @pytest.mark.parametrize("case", [Case(2, 3, 2, 3, hidden=5), Case(2, 3, 2, 3, norm=True, actions=False, start=False)])
 @pytest.mark.parametrize("states", [False, True])
 def test_opcheck(case: Case, states: bool) -> None:
+    lengths = torch.tensor([3, 3]) if states else None  # all steps: what is kept of the others is not written
     inputs = make(case, torch.float64)
     arguments = (inputs.obs, inputs.last_actions, inputs.hidden, *inputs.network, case.ids, states)
-    torch.library.opcheck(torch.ops.fastmix.recurrent.default, (*arguments, True))
+    torch.library.opcheck(torch.ops.fastmix.recurrent.default, (*arguments, True, lengths))
     frozen = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
-    torch.library.opcheck(torch.ops.fastmix.recurrent.default, (*frozen, False))
+    torch.library.opcheck(torch.ops.fastmix.recurrent.default, (*frozen, False, lengths))
 
 
 @pytest.mark.traced

@@ -187,7 +187,7 @@ _WEIGHTS = ", ".join(f"Tensor{'?' if field.startswith('norm') else ''} {field}" 
 _recurrent_backward = _library.define(
     "recurrent_backward",
     f"(Tensor obs, Tensor? last_actions, Tensor? hidden, {_WEIGHTS}, Tensor saved, Tensor? grad_q, Tensor? grad_hidden,"
-    " Tensor? grad_hidden_states, bool agent_ids, bool wants_obs, bool wants_hidden, Tensor? lengths=None)"
+    " Tensor? grad_hidden_states, bool agent_ids, bool wants_obs, bool wants_hidden, Tensor? lengths)"
     f" -> ({', '.join(['Tensor'] * (2 + _PARAMS))})",
     _backward_forward,
     _backward_fake,
@@ -195,7 +195,7 @@ _recurrent_backward = _library.define(
 _recurrent = _library.define(
     "recurrent",
     f"(Tensor obs, Tensor? last_actions, Tensor? hidden, {_WEIGHTS}, bool agent_ids, bool return_hidden_states,"
-    " bool save, Tensor? lengths=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    " bool save, Tensor? lengths) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
     setup_context=_setup_context,
