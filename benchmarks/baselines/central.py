@@ -1,7 +1,7 @@
 """One learner step of CW- and OW-QMIX, POWQMIX and ResQ as the public trainers write it.
 
 All have a central critic with agents of its own. The released learners also unroll target copies of agents that no
-loss reads; so do these. POWQMIX has no public code: its step is pymarl2's learner of CW-QMIX, which the paper builds on,
+loss reads; so do these. POWQMIX has no public code: its step is pymarl2's learner of CW-QMIX, its paper's base,
 with the recogniser beside it. ResQ has the paper's residual, ``-|.|``, where its released code forgets the sign.
 """
 

@@ -116,9 +116,10 @@ class PublicLearner:
         """Mean over live transitions of the squared temporal-difference error, times ``loss_scale``."""
         agent_qs = self._unroll("agent", batch)
         chosen_qs = gather_actions(agent_qs[:, :-1], batch.actions[:, :-1])
+        agent_qs = agent_qs.detach()
         with torch.no_grad():
-            targets = self._targets(agent_qs.detach(), batch)
-        td_error = self._mix(chosen_qs, agent_qs.detach(), batch) - targets
+            targets = self._targets(agent_qs, batch)
+        td_error = self._mix(chosen_qs, agent_qs, batch) - targets
         return self.config.loss_scale * masked_mean(td_error**2, batch.mask)
 
     def _update(self) -> Tensor:

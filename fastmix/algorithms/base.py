@@ -17,6 +17,7 @@ from fastmix._parts import part
 from fastmix.algorithms.batch import EpisodeBatch, Scheme
 from fastmix.algorithms.config import AlgorithmConfig
 from fastmix.algorithms.optimiser import Optimiser
+from fastmix.algorithms.rows import episode_lengths
 from fastmix.algorithms.standardise import RunningMoments
 from fastmix.ops import recurrent, returns, select
 from fastmix.ops._checks import check_choice
@@ -292,15 +293,19 @@ class Algorithm(abc.ABC):
         *names: str,
         hidden: Tensor | None = None,
         return_hidden_states: bool = False,
+        lengths: Tensor | None = None,
     ) -> list[RecurrentOutput]:
-        """The agent networks ``names`` over whole sequences; all recurrent ones in one call."""
+        """The agent networks ``names`` over whole sequences; all recurrent ones in one call.
+
+        What they give after ``lengths`` of each episode must not be read.
+        """
         networks = [self.networks[name] for name in names]
         gated = [n for n in networks if isinstance(n, agents.RNNAgent) and n.is_recurrent]
         if len(gated) < len(networks):
             actions, ids = last_actions if self.config.obs_last_action else None, self.config.obs_agent_id
             others = [n for n in networks if isinstance(n, agents.Agent)]
             return [n.unroll(obs, hidden, actions, ids, return_hidden_states) for n in others]
-        outputs = self._recur(obs, last_actions, gated, hidden, return_hidden_states)
+        outputs = self._recur(obs, last_actions, gated, hidden, return_hidden_states, lengths)
         return [n.finish(output) for n, output in zip(gated, outputs, strict=True)]
 
     def _recur(
@@ -310,14 +315,19 @@ class Algorithm(abc.ABC):
         networks: Sequence[agents.RNNAgent | agents.IQNRNNAgent],
         hidden: Tensor | None = None,
         return_hidden_states: bool = False,
+        lengths: Tensor | None = None,
     ) -> list[RecurrentOutput]:
         """What `fastmix.ops.recurrent` gives for networks over one input, in one call."""
         c = self.config
         return recurrent(
             obs, [n.params() for n in networks], None if hidden is None else [hidden] * len(networks),
             last_actions=last_actions if c.obs_last_action else None, agent_ids=c.obs_agent_id,
-            return_hidden_states=return_hidden_states,
+            return_hidden_states=return_hidden_states, lengths=lengths,
         )  # fmt: skip
+
+    def _lengths(self, batch: EpisodeBatch) -> Tensor | None:
+        """Steps of each episode that a loss reads; all in released code, some of which reads padding."""
+        return None if self.config.compat == "released" else episode_lengths(batch)
 
     def _utilities(
         self, obs: Tensor, last_actions: Tensor, hidden: Tensor, generator: torch.Generator | None

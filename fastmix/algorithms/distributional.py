@@ -12,6 +12,7 @@ from fastmix import agents, mixers
 from fastmix.algorithms.base import GREEDY_KINDS, Algorithm
 from fastmix.algorithms.batch import EpisodeBatch, Scheme
 from fastmix.algorithms.config import AlgorithmConfig
+from fastmix.algorithms.rows import Rows
 from fastmix.ops import quantile_loss, select
 from fastmix.ops._checks import check_choice
 from fastmix.ops.implicit import QuantileFeatures
@@ -122,15 +123,16 @@ class Distributional(Algorithm):
         assert isinstance(agent, agents.IQNRNNAgent)
         return agent
 
-    def _trunks(self, obs: Tensor, last_actions: Tensor, *names: str) -> list[Tensor]:
-        """Hidden states ``[B, T, A, D]`` of the agent networks ``names``, in one call."""
-        outputs = self._recur(obs, last_actions, [self._agent(name) for name in names], return_hidden_states=True)
+    def _trunks(self, obs: Tensor, last_actions: Tensor, *names: str, lengths: Tensor | None = None) -> list[Tensor]:
+        """Hidden states ``[B, T, A, D]`` of the agent networks ``names``, in one call; see `Algorithm._unroll`."""
+        networks = [self._agent(name) for name in names]
+        outputs = self._recur(obs, last_actions, networks, return_hidden_states=True, lengths=lengths)
         states = [output.hidden_states for output in outputs]
         return [hidden for hidden in states if hidden is not None]
 
-    def _greedy(self, name: str, hidden: Tensor, features: QuantileFeatures, batch: EpisodeBatch) -> Tensor:
-        """``[B, T + 1, A]``: the actions whose mean over quantiles is largest by the network ``name``."""
-        return select(self._agent(name).means(hidden, features), batch.avail_actions).greedy_actions
+    def _greedy(self, name: str, hidden: Tensor, features: QuantileFeatures, avail_actions: Tensor) -> Tensor:
+        """``[..., A]``: the actions whose mean over quantiles is largest by the network ``name``."""
+        return select(self._agent(name).means(hidden, features), avail_actions).greedy_actions
 
     def _loss(self, z: Tensor, targets: Tensor, fractions: Tensor, batch: EpisodeBatch, factor: float) -> Tensor:
         """The quantile loss of ``z [B, T, K, N]`` at fractions ``[B, T, N]``, or ``[B, T, A, N]``; 0-dim."""
@@ -148,6 +150,11 @@ class Distributional(Algorithm):
         assert isinstance(mixer, mixers.QuantileMixer)
         z_tot: Tensor = mixer(agent_zs, states)
         return z_tot
+
+
+def put(rows: Rows, z: Tensor) -> Tensor:
+    """`Rows.put` of distributions ``[N, K, quantiles]``: ``[B, T, K, quantiles]``."""
+    return rows.put(z.flatten(-2)).unflatten(-1, z.shape[-2:])
 
 
 def errors(z_tot: Tensor, targets: Tensor, mask: Tensor) -> dict[str, Tensor]:

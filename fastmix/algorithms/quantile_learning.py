@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fastmix._parts import part
 from fastmix.algorithms.batch import EpisodeBatch
-from fastmix.algorithms.distributional import Distributional, errors
+from fastmix.algorithms.distributional import Distributional, errors, put
+from fastmix.algorithms.rows import Rows
 
 DFAC: Final[dict[str, Any]] = {"optimizer": "adam", "lr": 5e-4, "optim_eps": 1e-5, "double_q": False}
 """What the public configurations of DFAC set over PyMARL's."""
@@ -38,24 +39,28 @@ class QuantileLearning(Distributional):
         Also the distributions themselves, ``z_tot [B, T, K, N]`` and ``z_targets [B, T, K, N']``, the bootstrap values
         ``target_z_tot [B, T + 1, K, N']``, ``greedy_actions [B, T + 1, A]`` and ``rewards [B, T, 1]`` as used.
         """
-        c = self.config
+        c, names = self.config, ("agent", "target_agent")
+        rows = Rows(batch, bootstrap=True)
+        states, avail = rows.take(batch.states), rows.take(batch.avail_actions)
         with part("unrolls"):
-            online, target = self._trunks(batch.obs, batch.last_actions, "agent", "target_agent")
+            hidden = self._trunks(batch.obs, batch.last_actions, *names, lengths=self._lengths(batch))
+            online, target = (rows.take(states_of) for states_of in hidden)
         agent, target_agent = self._agent("agent"), self._agent("target_agent")
         with part("quantiles"):
-            fractions, target_fractions = (self.draw(name, *batch.obs.shape[:2]) for name in ("agent", "target_agent"))
-            features, target_features = agent.features(fractions), target_agent.features(target_fractions)
-            agent_zs = agent.quantiles(online, features, batch.actions)[:, :-1]
+            fractions, target_fractions = (self.draw(name, *batch.obs.shape[:2]) for name in names)
+            features = agent.features(rows.take(fractions))
+            target_features = target_agent.features(rows.take(target_fractions))
+            agent_zs = agent.quantiles(online, features, rows.take(batch.actions))
         with part("mixer"):
-            z_tot = self._mix("mixer", agent_zs, batch.states[:, :-1])
+            z_tot = put(rows, self._mix("mixer", agent_zs, states))[:, :-1]
 
         with torch.no_grad():
             with part("select"):
                 by = ("agent", online, features) if c.double_q else ("target_agent", target, target_features)
-                greedy = self._greedy(*by, batch)
+                greedy = self._greedy(*by, avail)
                 target_zs = target_agent.quantiles(target, target_features, greedy)
             with part("targets"):
-                bootstraps = self._mix("target_mixer", target_zs, batch.states)
+                bootstraps = put(rows, self._mix("target_mixer", target_zs, states))
                 rewards, targets = self._returns(batch, bootstraps)
 
         with part("loss"):
@@ -63,7 +68,7 @@ class QuantileLearning(Distributional):
             terms = errors(z_tot, targets, batch.mask)
         return terms | {
             "loss": loss, "z_tot": z_tot, "z_targets": targets, "target_z_tot": bootstraps,
-            "greedy_actions": greedy, "rewards": rewards,
+            "greedy_actions": rows.put(greedy), "rewards": rewards,
         }  # fmt: skip
 
     @torch.inference_mode()

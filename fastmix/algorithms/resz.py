@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from fastmix._parts import part
 from fastmix.algorithms.batch import EpisodeBatch
 from fastmix.algorithms.config import AlgorithmConfig
-from fastmix.algorithms.distributional import Distributional, errors
+from fastmix.algorithms.distributional import Distributional, errors, put
+from fastmix.algorithms.rows import Rows
 from fastmix.mixers import Mixer, ResZCentralFF
 from fastmix.ops import midpoints, td_loss
 from fastmix.ops._checks import check_choice
@@ -82,28 +83,36 @@ class ResZ(Distributional):
         """
         c = self.config
         names = ("agent", "residual_agent", "central_agent", "target_central_agent")
+        rows = Rows(batch, bootstrap=True)
+        states, avail, taken = rows.take(batch.states), rows.take(batch.avail_actions), rows.take(batch.actions)
         with part("unrolls"):
-            hidden = dict(zip(names, self._trunks(batch.obs, batch.last_actions, *names), strict=True))
-        states = batch.states[:, :-1]
+            outputs = self._trunks(batch.obs, batch.last_actions, *names, lengths=self._lengths(batch))
+            hidden = {name: rows.take(states_of) for name, states_of in zip(names, outputs, strict=True)}
         with part("quantiles"):
             fractions = {name: self.draw(name, *batch.obs.shape[:2]) for name in names}
-            features = {name: self._agent(name).features(fractions[name]) for name in names}
+            features = {name: self._agent(name).features(rows.take(fractions[name])) for name in names}
             main, residual, central = (
-                self._agent(name).quantiles(hidden[name], features[name], batch.actions)[:, :-1] for name in names[:3]
+                self._agent(name).quantiles(hidden[name], features[name], taken) for name in names[:3]
             )
         with part("mixer"):
-            z_tot, z_central = self._mix("mixer", main, states), self._mix("central_mixer", central, states)
-            z_res = self._residual(residual, states)
+            z_tot, z_res, z_central = (
+                put(rows, z)[:, :-1]
+                for z in (
+                    self._mix("mixer", main, states), self._residual(residual, states),
+                    self._mix("central_mixer", central, states),
+                )
+            )  # fmt: skip
 
         with torch.no_grad():
             with part("select"):
                 by = "agent" if c.double_q else "target_central_agent"
-                greedy = self._greedy(by, hidden[by], features[by], batch)
+                greedy = self._greedy(by, hidden[by], features[by], avail)
                 target = (hidden["target_central_agent"], features["target_central_agent"])
                 target_zs = self._agent("target_central_agent").quantiles(*target, greedy)
+                greedy = rows.put(greedy)
                 masked = self._masked(greedy, batch.actions)
             with part("targets"):
-                bootstraps = self._mix("target_central_mixer", target_zs, batch.states)
+                bootstraps = put(rows, self._mix("target_central_mixer", target_zs, states))
                 rewards, targets = self._returns(batch, bootstraps)
 
         with part("loss"):

@@ -21,6 +21,7 @@ from fastmix.ops import (
     select,
     td_loss,
 )
+from fastmix.ops.td_loss import Favoured
 from fastmix.testing import assert_close, poisoned_allocations
 from tests.generators import Shape, episodes, monotonic_params, recurrent_params
 from tests.ops.support import gradients
@@ -47,9 +48,11 @@ def run_returns(backend: str) -> tuple[list[Tensor], list[Tensor]]:
 
 def run_td_loss(backend: str) -> tuple[list[Tensor], list[Tensor]]:
     inputs = [torch.randn(4, 7, 3, requires_grad=True) for _ in range(2)]
-    return list(
-        td_loss(inputs[0], torch.randn(4, 7, 1), episodes(SHAPE, 4, 7).mask, residual=inputs[1], backend=backend)
-    ), inputs
+    loss = td_loss(
+        inputs[0], torch.randn(4, 7, 1), episodes(SHAPE, 4, 7).mask, residual=inputs[1], favoured=Favoured("below"),
+        backend=backend,
+    )  # fmt: skip
+    return [o for o in loss if o is not None], inputs
 
 
 def run_implicit(backend: str) -> tuple[list[Tensor], list[Tensor]]:
