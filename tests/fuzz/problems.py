@@ -17,6 +17,8 @@ from fastmix import ops
 from fastmix.ops.monotonic import POSITIVITIES, MonotonicParams
 from fastmix.ops.recurrent import RecurrentParams
 from fastmix.ops.returns import KINDS
+from fastmix.ops.td_loss import Favoured
+from fastmix.ops.td_loss.types import RULES
 from fastmix.testing import assert_close, poisoned_allocations
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -181,7 +183,7 @@ def recurrent(draw: Draw) -> None:
 
 
 def td_loss(draw: Draw) -> None:
-    """Weights, residual, normaliser; masked steps may hold NaN or infinity."""
+    """Weights, residual, favoured steps, normaliser; masked steps may hold NaN or infinity."""
     episodes, steps, width = draw.size("episodes", 9), draw.size("steps", 40), draw.size("width", 9)
     mask, _ = draw.live(episodes, steps)
     mask[0, 0] = 1  # the mean over nothing is not a number
@@ -197,11 +199,16 @@ def td_loss(draw: Draw) -> None:
     normaliser = draw.tensor().abs() + 1 if draw.flag("normaliser") else None
     wide_mask = mask.expand(-1, -1, width) if draw.flag("wide_mask") else mask
     weighted, scale = draw.flag("weighted"), draw.choice("scale", [1.0, 0.5])
+    favoured = None
+    if draw.flag("favoured"):
+        columns = draw.choice("favoured_width", [1, width])
+        greedy, values, thresholds = (draw.tensor(episodes, steps, columns) for _ in range(3))
+        favoured = Favoured(draw.choice("rule", RULES), greedy > 0, values, thresholds, 0.3, 5.0, 0.1)
 
     def run(backend: str) -> Any:
         return ops.td_loss(
-            qs, targets, wide_mask, weights=weights if weighted else None, residual=residual, scale=scale,
-            normaliser=normaliser, backend=backend,
+            qs, targets, wide_mask, weights=weights if weighted else None, residual=residual,
+            favoured=favoured, scale=scale, normaliser=normaliser, backend=backend,
         )  # fmt: skip
 
     _compare(draw, [qs, *([] if residual is None else [residual])], run)

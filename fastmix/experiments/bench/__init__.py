@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="bench_command", metavar="WHAT", required=True)
     _add_step(commands.add_parser("step", help="one learner step against the same step the public way"))
     _add_ops(commands.add_parser("ops", help="single operators against plain PyTorch"))
-    _add_table(commands.add_parser("table", help="every speed that fastmix sets a goal for, within about ten minutes"))
+    _add_table(commands.add_parser("table", help="every speed that fastmix sets a goal for, within about 15 minutes"))
     _add_warm(commands.add_parser("warm", help="compile on a CUDA device what the table compiles, without timing it"))
     _add_join(commands.add_parser("join", help="one report of several, written by --json on one machine"))
     _add_env(commands.add_parser("env", help="rollouts and whole training on an environment"))

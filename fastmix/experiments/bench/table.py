@@ -85,7 +85,12 @@ def _small_ops() -> list[Planned]:
 
 def _steps(compiled: bool) -> list[Planned]:
     against = ("eager", "compile") if compiled else ("eager",)
-    return [
+    plan = [
         Planned(partial(steps.step, "qmix", shape, against=against), {"eager": 2.3 if shape == "MMM2" else 3.0})
         for shape in ("3m", "5m_vs_6m", "prey", "MMM2", "matrix")
+    ]
+    return plan + [
+        Planned(partial(steps.step, algo, shape, against=("eager",)), {"eager": goal})
+        for algo, goal in (("qplex", 3.0), ("cw_qmix", 3.0), ("powqmix", 3.0), ("resq", 4.0))
+        for shape in ("3m", "5m_vs_6m", "prey", "MMM2")
     ]
