@@ -235,8 +235,9 @@ def recurrent_backward(
     arg11: Sequence[int],
     arg12: Sequence[int],
     arg13: Sequence[int],
-    arg14: bool,
-    arg15: int,
+    arg14: int,
+    arg15: bool,
+    arg16: int,
     /,
 ) -> None: ...
 def recurrent_cuda_backward(
@@ -286,8 +287,9 @@ def recurrent_forward(
     arg8: Sequence[int],
     arg9: Sequence[int],
     arg10: Sequence[int],
-    arg11: bool,
-    arg12: int,
+    arg11: int,
+    arg12: bool,
+    arg13: int,
     /,
 ) -> None: ...
 def returns_backward_cuda_float32(
