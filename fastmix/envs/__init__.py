@@ -4,13 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fastmix.envs.gym import make_gym
 from fastmix.envs.matrix import MatrixGame, Payoff, make_matrix
-from fastmix.envs.protocol import BatchedEnv, EnvInfo, StateDict
+from fastmix.envs.pettingzoo import make_pettingzoo
+from fastmix.envs.protocol import BatchedEnv, EnvInfo, EnvironmentFailed, ExternalEnv, StateDict
+from fastmix.envs.smac import make_smac
+from fastmix.envs.smax import make_smax
 
-__all__ = ["REGISTRY", "BatchedEnv", "EnvInfo", "MatrixGame", "Payoff", "StateDict", "make"]
+__all__ = [
+    "REGISTRY",
+    "BatchedEnv",
+    "EnvInfo",
+    "EnvironmentFailed",
+    "ExternalEnv",
+    "MatrixGame",
+    "Payoff",
+    "StateDict",
+    "make",
+]
 
 # family -> factory(what follows the colon, n_envs, seed)
-REGISTRY: dict[str, Callable[[str, int, int], BatchedEnv]] = {"matrix": make_matrix}
+REGISTRY: dict[str, Callable[[str, int, int], BatchedEnv]] = {
+    "matrix": make_matrix,
+    "smac": make_smac,
+    "smax": make_smax,
+    "pettingzoo": make_pettingzoo,
+    "gym": make_gym,
+}
 
 
 def make(name: str, n_envs: int, seed: int) -> BatchedEnv:

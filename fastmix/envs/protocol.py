@@ -20,7 +20,8 @@ class EnvInfo:
     """Sizes of an environment, under the field's names (PyMARL's ``get_env_info``).
 
     ``t_max`` is the number of environment steps a training run takes unless the user says otherwise, ``None`` where
-    the algorithm's preset should decide.
+    the algorithm's preset should decide. ``unit_dim`` is the number of features that each agent has of its own at the
+    front of the state (``A * unit_dim`` of them), 0 where the state is not made so; attention over units needs it.
     """
 
     n_agents: int
@@ -29,6 +30,7 @@ class EnvInfo:
     state_dim: int
     episode_limit: int
     t_max: int | None = None
+    unit_dim: int = 0
 
 
 @runtime_checkable
@@ -73,3 +75,23 @@ class BatchedEnv(Protocol):
 
     def close(self) -> None:
         """Release processes and files."""
+
+
+@runtime_checkable
+class ExternalEnv(BatchedEnv, Protocol):
+    """A batched environment around somebody else's program, which has a version and may break down.
+
+    ``failed [E]`` bool: the episode of that copy is lost (its game crashed in the last step, or was running when the
+    run was stopped and cannot be restored). Nothing of it may be stored or counted; ``reset`` begins another one.
+    ``failures`` counts the games that broke down so far. ``build`` names the program and its version, "" until known;
+    results of different builds may not be comparable. ``step`` and ``reset`` raise :class:`EnvironmentFailed` for
+    a game that keeps failing.
+    """
+
+    failed: np.ndarray
+    failures: int
+    build: str
+
+
+class EnvironmentFailed(RuntimeError):  # noqa: N818 - what happened, as FloatingPointError and its kind
+    """An environment broke down again and again; what was learnt so far is worth keeping."""
