@@ -21,8 +21,8 @@ def evaluate(
 ) -> EpisodeStats:
     """Play ``n_episodes`` greedy episodes (epsilon 0) from fresh starts.
 
-    Each copy plays its share, decided beforehand: taking the first ``n_episodes`` to finish would favour short ones.
-    Raises ``ValueError`` for ``n_episodes`` below 1.
+    Each copy plays its share, decided beforehand: taking the first ``n_episodes`` to finish would favour short ones. An
+    episode whose game breaks down is played again. Raises ``ValueError`` for ``n_episodes`` below 1.
     """
     if n_episodes < 1:
         raise ValueError(f"n_episodes is {n_episodes}; it must be at least 1")
@@ -32,7 +32,10 @@ def evaluate(
     stats = EpisodeStats()
     while share.any():
         player.play(0.0, generator)
-        finished = player.finished()
+        failed, finished = player.failed(), player.finished()
+        if len(failed):
+            stats.failed += len(failed)
+            player.restart(failed)
         if len(finished):
             counted = finished[share[finished] > 0]
             stats.add(player, counted)
