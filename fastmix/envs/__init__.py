@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fastmix.envs.gym import make_gym
 from fastmix.envs.matrix import MatrixGame, Payoff, make_matrix
 from fastmix.envs.pettingzoo import make_pettingzoo
+from fastmix.envs.prey import PreyEnv, make_prey
 from fastmix.envs.protocol import BatchedEnv, EnvInfo, EnvironmentFailed, ExternalEnv, StateDict
 from fastmix.envs.smac import make_smac
 from fastmix.envs.smax import make_smax
@@ -19,6 +20,7 @@ __all__ = [
     "ExternalEnv",
     "MatrixGame",
     "Payoff",
+    "PreyEnv",
     "StateDict",
     "make",
 ]
@@ -26,6 +28,7 @@ __all__ = [
 # family -> factory(what follows the colon, n_envs, seed)
 REGISTRY: dict[str, Callable[[str, int, int], BatchedEnv]] = {
     "matrix": make_matrix,
+    "prey": make_prey,
     "smac": make_smac,
     "smax": make_smax,
     "pettingzoo": make_pettingzoo,
@@ -41,7 +44,7 @@ def make(name: str, n_envs: int, seed: int) -> BatchedEnv:
     family, colon, spec = name.partition(":")
     if family not in REGISTRY or not colon or not spec:
         known = ", ".join(f"{known}:<name>" for known in REGISTRY)
-        raise ValueError(f"env is {name!r}; it must be one of {known} (for example matrix:resq1)")
+        raise ValueError(f"env is {name!r}; it must be one of {known} (for example matrix:resq1, prey:p-2)")
     if n_envs < 1:
         raise ValueError(f"n_envs is {n_envs}; it must be at least 1")
     return REGISTRY[family](spec, n_envs, seed)

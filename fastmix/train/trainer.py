@@ -32,7 +32,7 @@ from fastmix.train.evaluate import evaluate
 from fastmix.train.feed import make_feed
 from fastmix.train.learner import Learner
 from fastmix.train.logging import RunLogger
-from fastmix.train.plan import Plan, make_replay, scheme_of
+from fastmix.train.plan import Plan, make_replay, overrides_of, scheme_of
 from fastmix.train.rollout import EpisodeStats, Player, Rollout
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Trainer:
         for sentence in plan.sentences():
             announce(sentence)
         n_envs = plan.settings.batch_size_run
-        self._description, self.t_max = plan.description, plan.t_max
+        self.plan, self.t_max = plan, plan.t_max
         self.algo = make_algorithm(config, plan.info)
         self.device = torch.device(config.device)
         self.learner = Learner(self.algo, graphs=config.graphs)
@@ -104,7 +104,7 @@ class Trainer:
             _generator(self.device, seeds["explore"]),
             stored_termination=config.stored_termination,
         )
-        self.test_env = envs.make(config.env, min(n_envs, config.test_nepisode), seeds["test_env"])
+        self.test_env = envs.make(config.env, min(n_envs, plan.test_nepisode), seeds["test_env"])
         self._test_generator = _generator(self.device, seeds["test_explore"])
         # Nothing of ours draws from torch's global generator; an algorithm may, so its state belongs to the run.
         torch.manual_seed(seeds["torch"])
@@ -125,7 +125,7 @@ class Trainer:
         """
         config, counters = self.config, self.counters
         self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(self.folder / CONFIG_FILE, self._description)
+        checkpoint.write_json(self.folder / CONFIG_FILE, self.plan.description)
         logger = RunLogger(
             self.folder, tensorboard=config.tensorboard, offset=counters.log_offset, t_env=counters.t_env
         )
@@ -228,12 +228,12 @@ class Trainer:
 
     def _evaluate_if_due(self, logger: RunLogger) -> None:
         last = self.counters.last_test
-        if last is None or self.counters.t_env - last >= self.config.test_interval:
+        if last is None or self.counters.t_env - last >= self.plan.test_interval:
             self._evaluate(logger)
 
     def _evaluate(self, logger: RunLogger) -> None:
         counters = self.counters
-        stats = evaluate(self.algo, self.test_env, self.config.test_nepisode, self._test_generator, device=self.device)
+        stats = evaluate(self.algo, self.test_env, self.plan.test_nepisode, self._test_generator, device=self.device)
         self._test = stats.summary("test_")
         counters.last_test = counters.t_env
         logger.write(counters.t_env, self._test)
@@ -318,7 +318,7 @@ def make_algorithm(config: TrainConfig, info: EnvInfo) -> Algorithm:
         preset=config.preset,
         device=config.device,
         seed=_seeds(config.seed)["algo"],
-        **config.overrides,
+        **overrides_of(config, info),
     )
 
 

@@ -46,7 +46,10 @@ class SmacGame:
             obs_dim=int(sizes["obs_shape"]),
             state_dim=int(sizes["state_shape"]),
             episode_limit=int(sizes["episode_limit"]),
-            unit_dim=_own_state_size(self._env),
+            t_max=2_050_000,
+            test_interval=10_000,
+            test_nepisode=32,
+            settings=_own_state_size(self._env),
         )
         self.build = ""
         self._first: Frame | None = None  # of an episode in which nothing has happened yet
@@ -116,11 +119,9 @@ class SmacGame:
             self.step(self._avail.argmax(axis=1))
 
 
-def _own_state_size(env: Any) -> int:
-    """Features of each ally in the state: health, cooldown or energy, position, shield, type."""
-    if env.obs_instead_of_state:
-        return 0
-    return int(4 + env.shield_bits_ally + env.unit_type_bits)
+def _own_state_size(env: Any) -> dict[str, int]:
+    """Each ally's features at the front of the state: health, cooldown or energy, position, shield, type."""
+    return {} if env.obs_instead_of_state else {"unit_dim": int(4 + env.shield_bits_ally + env.unit_type_bits)}
 
 
 def _build(env: Any) -> str:

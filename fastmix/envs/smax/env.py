@@ -145,7 +145,9 @@ class _Program:
             obs_dim=int(inner.obs_size),
             state_dim=int(inner.state_size),
             episode_limit=int(inner.max_steps) + 1,
-            unit_dim=len(inner.own_features),
+            test_interval=10_000,
+            test_nepisode=32,
+            settings={"unit_dim": len(inner.own_features)},
         )
         self._scale = _state_scale(inner)
         self.reset = jax.jit(self._reset)
