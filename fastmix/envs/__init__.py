@@ -8,7 +8,7 @@ from fastmix.envs.gym import make_gym
 from fastmix.envs.matrix import MatrixGame, Payoff, make_matrix
 from fastmix.envs.pettingzoo import make_pettingzoo
 from fastmix.envs.prey import PreyEnv, make_prey
-from fastmix.envs.protocol import BatchedEnv, EnvInfo, EnvironmentFailed, ExternalEnv, StateDict
+from fastmix.envs.protocol import BatchedEnv, EnvInfo, ExternalEnv, StateDict
 from fastmix.envs.smac import make_smac
 from fastmix.envs.smax import make_smax
 
@@ -16,7 +16,6 @@ __all__ = [
     "REGISTRY",
     "BatchedEnv",
     "EnvInfo",
-    "EnvironmentFailed",
     "ExternalEnv",
     "MatrixGame",
     "Payoff",

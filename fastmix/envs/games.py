@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from fastmix.envs.protocol import EnvInfo, EnvironmentFailed, StateDict
+from fastmix.envs.protocol import EnvInfo, StateDict
+from fastmix.errors import EnvironmentFailed
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +53,6 @@ class Game(Protocol):
 
     def step(self, actions: np.ndarray) -> Outcome:
         """Take the joint action ``[A]`` int64, which is available. May raise :class:`GameFailed`."""
-
-    def save_replay(self, folder: str, name: str) -> None:
-        """Write a recording to ``folder``; raises ``ValueError`` where the game has none."""
 
     def close(self) -> None:
         """Release what the game holds."""
@@ -127,9 +125,6 @@ class Driver(Protocol):
     def step(self, rows: np.ndarray) -> dict[int, str]:
         """Take the joint actions of ``slots`` in ``rows``."""
 
-    def save_replays(self, folder: str) -> None:
-        """Write a recording of every game to ``folder``."""
-
     def close(self) -> None:
         """End the games."""
 
@@ -158,11 +153,6 @@ class InProcess:
         for row in rows.tolist():
             self.slots.advance(row, self.games[row])
         return {}
-
-    def save_replays(self, folder: str) -> None:
-        """See :class:`Driver`."""
-        for row, game in enumerate(self.games):
-            game.save_replay(folder, f"copy{row}")
 
     def close(self) -> None:
         """See :class:`Driver`."""
@@ -229,10 +219,6 @@ class GamesEnv:
         rows = np.flatnonzero(self._running)
         self._check_available(rows, actions)
         self._advance(rows, actions)
-
-    def save_replays(self, folder: str) -> None:
-        """Write a recording of every copy's game to ``folder``. Raises ``ValueError`` where the game has none."""
-        self._driver.save_replays(folder)
 
     def state_dict(self) -> StateDict:
         """The running episodes as their seeds and actions (see the class), and what was counted."""

@@ -98,10 +98,6 @@ class GymGame:
         cut = bool(truncated) or (self._t >= self._limit and not terminated)
         return Outcome(self._frame(observations, info), float(np.sum(reward)), bool(np.all(terminated)), cut)
 
-    def save_replay(self, folder: str, name: str) -> None:
-        """There is none."""
-        raise ValueError("environments of Gymnasium have no replays to save")
-
     def close(self) -> None:
         """See :class:`fastmix.envs.games.Game`."""
         self._env.close()

@@ -96,10 +96,6 @@ class PettingZooGame:
         reward = float(sum(rewards[name] for name in joint if name in rewards))
         return Outcome(self._frame(observations, infos), reward, over and not cut, cut)
 
-    def save_replay(self, folder: str, name: str) -> None:
-        """There is none."""
-        raise ValueError("environments of PettingZoo have no replays to save")
-
     def close(self) -> None:
         """See :class:`fastmix.envs.games.Game`."""
         self._env.close()

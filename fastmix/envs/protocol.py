@@ -89,14 +89,10 @@ class ExternalEnv(BatchedEnv, Protocol):
     ``failed [E]`` bool: the episode of that copy is lost (its game crashed in the last step, or was running when the
     run was stopped and cannot be restored). Nothing of it may be stored or counted; ``reset`` begins another one.
     ``failures`` counts the games that broke down so far. ``build`` names the program and its version, "" until known;
-    results of different builds may not be comparable. ``step`` and ``reset`` raise :class:`EnvironmentFailed` for
-    a game that keeps failing.
+    results of different builds may not be comparable. ``step`` and ``reset`` raise
+    ``fastmix.errors.EnvironmentFailed`` for a game that keeps failing.
     """
 
     failed: np.ndarray
     failures: int
     build: str
-
-
-class EnvironmentFailed(RuntimeError):  # noqa: N818 - what happened, as FloatingPointError and its kind
-    """An environment broke down again and again; what was learnt so far is worth keeping."""

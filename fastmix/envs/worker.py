@@ -84,10 +84,10 @@ class _Worker:
         for row in rows:
             self.slots.advance(row, self.games[row])
 
-    def save_replays(self, folder: str) -> None:
-        """Write the recording of every game."""
+    def call(self, method: str, *arguments: Any) -> None:
+        """Call a method that only this kind of game has, with the row of each game before the ``arguments``."""
         for row, game in self.games.items():
-            game.save_replay(folder, f"copy{row}")
+            getattr(game, method)(row, *arguments)
 
 
 def _failure(error: Exception) -> tuple[str, Any]:

@@ -132,11 +132,11 @@ class Workers:
         asked = [(worker, [row for row in worker.rows if row in running]) for worker in self._workers]
         return self._ask([(worker, ("step", mine)) for worker, mine in asked if mine])[1]
 
-    def save_replays(self, folder: str) -> None:
-        """See ``fastmix.envs.games.Driver``. Raises ``RuntimeError`` where a worker could not."""
-        _, reasons = self._ask([(worker, ("save_replays", folder)) for worker in self._workers if worker.alive])
+    def call(self, method: str, *arguments: Any) -> None:
+        """Call ``method(row, *arguments)`` of every game. Raises ``RuntimeError`` where one could not do it."""
+        _, reasons = self._ask([(worker, ("call", method, *arguments)) for worker in self._workers if worker.alive])
         if reasons:
-            raise RuntimeError(f"no replay of copy {min(reasons)}: {reasons[min(reasons)]}")
+            raise RuntimeError(f"{method} of copy {min(reasons)}: {reasons[min(reasons)]}")
 
     def close(self) -> None:
         """End the games and their processes; harmless when that has been done."""

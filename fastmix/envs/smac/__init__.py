@@ -12,6 +12,7 @@ every keyword of ``smac.env.StarCraft2Env`` but ``map_name``, ``seed`` and the t
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from fastmix import requirements
@@ -19,12 +20,30 @@ from fastmix.envs.games import GamesEnv
 from fastmix.envs.options import parse_options, take_count, take_number
 from fastmix.envs.workers import Workers, WorkerSettings
 
-__all__ = ["make_smac"]
+__all__ = ["SmacEnv", "make_smac"]
 
 OWN = ("map_name", "seed", "replay_dir", "replay_prefix")  # ours to decide
 
 
-def make_smac(spec: str, n_envs: int, seed: int) -> GamesEnv:
+class SmacEnv(GamesEnv):
+    """E games of StarCraft II. One cannot be taken up in its middle: a resumed run begins new episodes."""
+
+    def __init__(self, name: str, workers: Workers, seed: int, *, patience: int) -> None:
+        super().__init__(name, workers, seed, replayable=False, patience=patience)
+        self._workers = workers
+
+    def save_replays(self, folder: Path) -> list[Path]:
+        """Write a recording of every game, with all its episodes until now, into ``folder``; returns the new files.
+
+        StarCraft II of the same build plays them.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        before = set(folder.iterdir())
+        self._workers.call("save_replay", str(folder.resolve()))
+        return sorted(set(folder.iterdir()) - before)
+
+
+def make_smac(spec: str, n_envs: int, seed: int) -> SmacEnv:
     """``spec`` is what follows ``smac:``.
 
     Raises ``ImportError`` or ``FileNotFoundError`` saying what is missing and what mends it, and ``ValueError`` for a
@@ -43,8 +62,7 @@ def make_smac(spec: str, n_envs: int, seed: int) -> GamesEnv:
         start_timeout=take_number(options, "start_timeout", 180.0, 0.1),
     )
     requirements.demand("smac")
-    driver = Workers(settings, n_envs, n_envs, seed)
-    return GamesEnv(f"smac:{spec}", driver, seed, replayable=False, patience=patience)
+    return SmacEnv(f"smac:{spec}", Workers(settings, n_envs, n_envs, seed), seed, patience=patience)
 
 
 def _checked(options: dict[str, Any]) -> dict[str, Any]:

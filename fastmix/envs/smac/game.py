@@ -100,9 +100,9 @@ class SmacGame:
         frame = Frame(np.asarray(self._env.get_obs()), np.asarray(self._env.get_state()), self._available())
         return Outcome(frame, float(reward), terminated and not cut, cut, bool(info["battle_won"]))
 
-    def save_replay(self, folder: str, name: str) -> None:
+    def save_replay(self, row: int, folder: str) -> None:
         """Everything since the game was launched, as one file of the game's own."""
-        self._env.replay_dir, self._env.replay_prefix = folder, f"{self._env.map_name}-{name}"
+        self._env.replay_dir, self._env.replay_prefix = folder, f"{self._env.map_name}-copy{row}"
         self._env.save_replay()
 
     def close(self) -> None:
