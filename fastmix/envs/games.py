@@ -116,8 +116,11 @@ class Driver(Protocol):
 
     info: EnvInfo
     knows_victory: bool
-    build: str
     slots: Slots
+
+    @property
+    def build(self) -> str:
+        """What the games are, and their version; "" until known."""
 
     def reset(self, rows: np.ndarray, seeds: Sequence[int]) -> dict[int, str]:
         """Begin an episode in each of ``rows``."""
