@@ -16,6 +16,7 @@ import pytest
 
 import fastmix
 from fastmix import backends, doctor, requirements
+from tests.starcraft import install_game
 
 CALM: dict[str, Any] = {"cpus": 2, "cpu_quota": None, "torch": 2, "openmp_runtimes": []}
 """What `doctor._threads` finds where nothing is wrong."""
@@ -48,15 +49,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def starcraft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A made-up installation of the game with everything the adapter needs."""
-    home = tmp_path / "StarCraftII"
-    binary = home / "Versions" / "Base75689" / "SC2_x64"
-    maps = home / "Maps" / "SMAC_Maps"
-    binary.parent.mkdir(parents=True)
-    maps.mkdir(parents=True)
-    binary.touch(mode=0o755)
-    (maps / "3m.SC2Map").touch()
-    monkeypatch.setenv("SC2PATH", str(home))
-    return home
+    return install_game(tmp_path, monkeypatch)
 
 
 def package(folder: Path, name: str, number: str | None = None, files: dict[str, str] | None = None) -> None:

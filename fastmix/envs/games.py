@@ -229,6 +229,7 @@ class GamesEnv:
             "build": self.build,
             "episode": self._episode.copy(),
             "running": self._running.copy(),
+            "failed": self.failed.copy(),
             "t": self._t.copy(),
             "taken": self._taken.copy(),
             "obs": self.obs.copy(),
@@ -252,6 +253,7 @@ class GamesEnv:
             self.failed[:] = running
         else:
             self._play_again(np.flatnonzero(running), t, np.asarray(state["taken"]), np.asarray(state["obs"]))
+        self.failed |= np.asarray(state["failed"])
         self.terminated[~running] = np.asarray(state["terminated"])[~running]
         self.truncated[~running] = np.asarray(state["truncated"])[~running]
 

@@ -18,8 +18,8 @@ from fastmix import envs
 from fastmix.envs import ExternalEnv
 from fastmix.envs.smac import SmacEnv
 from fastmix.errors import EnvironmentFailed
+from tests.starcraft import games, install, wait_until
 
-FAKES = Path(__file__).parent / "fakes"
 MakeEnv = Callable[..., SmacEnv]
 
 
@@ -47,39 +47,6 @@ def make(tmp_path: Path, ledger: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     for env in made:
         env.close()
     assert wait_until(lambda: not games(ledger)), "a game outlived its environment"
-
-
-def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The packages, and what `fastmix doctor` looks for of the game."""
-    monkeypatch.syspath_prepend(str(FAKES))
-    home = folder / "StarCraftII"
-    (home / "Versions" / "Base75689").mkdir(parents=True)
-    (home / "Versions" / "Base75689" / "SC2_x64").touch(mode=0o755)
-    (home / "Maps" / "SMAC_Maps").mkdir(parents=True)
-    (home / "Maps" / "SMAC_Maps" / "3m.SC2Map").touch()
-    monkeypatch.setenv("SC2PATH", str(home))
-
-
-def games(ledger: Path) -> list[int]:
-    """The games that run."""
-    return [pid for pid in (int(path.name[5:]) for path in ledger.glob("game-*")) if alive(pid)]
-
-
-def alive(pid: int) -> bool:
-    try:
-        # A process that nobody waits for is dead all the same.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def attack(env: SmacEnv) -> np.ndarray:

@@ -12,7 +12,7 @@ from fastmix.envs.games import Frame, GameFailed, Outcome
 
 
 class Walk:
-    """Two agents on a line; an action is a step of 0, 1 or 2. Who passes cell 9 ends the episode, which step 6 cuts.
+    """Two agents on a line; an action is a step of 0, 1 or 2. Who passes cell 6 ends the episode, which step 8 cuts.
 
     Observations are ``[cell, noise]``, noise by the seed of the episode; the state is the cells. Action 2 is not
     available on odd cells. The reward is the sum of the steps. ``trouble`` is done when agent 0 stands on cell 4.
@@ -21,7 +21,7 @@ class Walk:
     knows_victory = True
 
     def __init__(self, seed: int, trouble: str = "", seeded: bool = True) -> None:
-        self.info = EnvInfo(n_agents=2, n_actions=3, obs_dim=2, state_dim=2, episode_limit=6)
+        self.info = EnvInfo(n_agents=2, n_actions=3, obs_dim=2, state_dim=2, episode_limit=8)
         self.build = f"walk 1 (process {os.getpid()})" if trouble == "tell" else "walk 1"
         self.trouble, self.seeded = trouble, seeded
         self.cells, self.t = np.zeros(2, dtype=np.int64), 0
@@ -39,8 +39,8 @@ class Walk:
         self.t += 1
         if self.cells[0] == 4:
             self.act_up()
-        over = bool((self.cells > 9).any())
-        return Outcome(self.frame(), float(actions.sum()), over, self.t == 6, bool(self.cells[0] > 9))
+        over = bool((self.cells > 6).any())
+        return Outcome(self.frame(), float(actions.sum()), over, self.t == 8, bool(self.cells[0] > 6))
 
     def act_up(self) -> None:
         if self.trouble == "fail":
