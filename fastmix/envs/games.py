@@ -227,6 +227,7 @@ class GamesEnv:
         """The running episodes as their seeds and actions (see the class), and what was counted."""
         return {
             "build": self.build,
+            "seed": self._seed,
             "episode": self._episode.copy(),
             "running": self._running.copy(),
             "failed": self.failed.copy(),
@@ -245,6 +246,7 @@ class GamesEnv:
                 f"{self.name} was saved with {state['build']}, and this is {self.build}; results of different builds "
                 "are not comparable, so go on with the one that the run was started with"
             )
+        self._seed = int(state["seed"])
         self._episode[:] = np.asarray(state["episode"])
         self.failures = int(state["failures"])
         running, t = np.asarray(state["running"]), np.asarray(state["t"])

@@ -84,19 +84,19 @@ def test_the_seed_decides_and_copies_and_episodes_differ() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_saved_run_goes_on_in_the_middle_of_its_episodes(closing: list[GamesEnv], workers: int) -> None:
-    def make() -> GamesEnv:
-        env = remote(4, workers) if workers else local(4)
+    def make(seed: int) -> GamesEnv:
+        env = remote(4, workers, seed) if workers else local(4, seed)
         closing.append(env)
         return env
 
-    env, rng = make(), np.random.default_rng(5)
+    env, rng = make(0), np.random.default_rng(5)
     env.reset()
     for _ in range(9):
         env.step(choose(env, rng))
         env.reset(np.flatnonzero(env.terminated | env.truncated))
     env.step(choose(env, rng))  # some are finished and not yet reset
     state = env.state_dict()
-    resumed = make()
+    resumed = make(1)
     resumed.load_state_dict(state)
     assert not resumed.failed.any()
     running = ~(env.terminated | env.truncated)

@@ -67,7 +67,7 @@ class SmaxEnv:
         self.won: np.ndarray | None = np.zeros(n_envs, dtype=bool)
         self.failed = np.zeros(n_envs, dtype=bool)
         self.failures = 0
-        self._seed = _put(np.uint32(seed % 2**32))
+        self._seed = seed % 2**32
         self._episode = np.full(n_envs, -1, dtype=np.int32)
         self._t = np.zeros(n_envs, dtype=np.int32)
         self._games = program.no_games()
@@ -78,7 +78,9 @@ class SmaxEnv:
         fresh[slice(None) if indices is None else indices] = True
         self._episode[fresh] += 1
         self._t[fresh] = 0
-        self._games, seen = self._program.reset(self._games, *map(_put, (fresh, self._episode)), self._seed)
+        self._games, seen = self._program.reset(
+            self._games, *map(_put, (fresh, self._episode)), _put(np.uint32(self._seed))
+        )
         self._show(seen, fresh)
 
     def step(self, actions: np.ndarray) -> None:
@@ -92,7 +94,7 @@ class SmaxEnv:
         if (actions < 0).any() or (actions >= self.info.n_actions).any():
             raise ValueError(f"actions holds an action outside 0..{self.info.n_actions - 1}: {actions.tolist()}")
         given = map(_put, (actions.astype(np.int32), self._episode, self._t))
-        self._games, seen = self._program.step(self._games, *given, self._seed)
+        self._games, seen = self._program.step(self._games, *given, _put(np.uint32(self._seed)))
         self._t += 1
         self._show(seen, np.ones(self.n_envs, dtype=bool))
 
@@ -100,7 +102,8 @@ class SmaxEnv:
         """The running battles."""
         leaves = [np.array(leaf) for leaf in jax.tree.leaves(self._games)]
         ended = {"terminated": self.terminated.copy(), "truncated": self.truncated.copy()}
-        return {"build": self.build, "games": leaves, "episode": self._episode.copy(), "t": self._t.copy(), **ended}
+        counted = {"seed": self._seed, "episode": self._episode.copy(), "t": self._t.copy()}
+        return {"build": self.build, "games": leaves, **counted, **ended}
 
     def load_state_dict(self, state: StateDict) -> None:
         """The inverse of ``state_dict``. Raises ``ValueError`` for the state of another version of JaxMARL."""
@@ -109,10 +112,11 @@ class SmaxEnv:
         leaves, structure = jax.tree.flatten(self._games)
         given = [np.asarray(new, dtype=old.dtype) for new, old in zip(state["games"], leaves, strict=True)]
         self._games = jax.tree.unflatten(structure, [_put(leaf) for leaf in given])
+        self._seed = int(state["seed"])
         self._episode[:], self._t[:] = np.asarray(state["episode"]), np.asarray(state["t"])
         everyone = np.ones(self.n_envs, dtype=bool)
         none = np.zeros(self.n_envs, dtype=bool)
-        _, seen = self._program.reset(self._games, *map(_put, (none, self._episode)), self._seed)
+        _, seen = self._program.reset(self._games, *map(_put, (none, self._episode)), _put(np.uint32(self._seed)))
         self._show(seen, everyone)
         self.terminated[:], self.truncated[:] = np.asarray(state["terminated"]), np.asarray(state["truncated"])
 
