@@ -9,13 +9,25 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from fastmix.envs.group_matching import GroupMatching, make_group_matching
 from fastmix.envs.matrix import MatrixGame, Payoff, make_matrix
 from fastmix.envs.protocol import BatchedEnv, EnvInfo, ExternalEnv, StateDict
 
 if TYPE_CHECKING:
     from fastmix.envs.prey import PreyEnv
 
-__all__ = ["REGISTRY", "BatchedEnv", "EnvInfo", "ExternalEnv", "MatrixGame", "Payoff", "PreyEnv", "StateDict", "make"]
+__all__ = [
+    "REGISTRY",
+    "BatchedEnv",
+    "EnvInfo",
+    "ExternalEnv",
+    "GroupMatching",
+    "MatrixGame",
+    "Payoff",
+    "PreyEnv",
+    "StateDict",
+    "make",
+]
 
 Factory = Callable[[str, int, int], BatchedEnv]
 
@@ -33,6 +45,7 @@ def _later(module: str, name: str) -> Factory:
 # family -> factory(what follows the colon, n_envs, seed)
 REGISTRY: dict[str, Factory] = {
     "matrix": make_matrix,
+    "group_matching": make_group_matching,
     "prey": _later("fastmix.envs.prey", "make_prey"),
     "smac": _later("fastmix.envs.smac", "make_smac"),
     "smax": _later("fastmix.envs.smax", "make_smax"),

@@ -21,7 +21,7 @@ import numpy as np
 
 from fastmix import requirements
 from fastmix.envs.games import Frame, GamesEnv, Outcome
-from fastmix.envs.options import parse_options
+from fastmix.envs.keywords import parse_keywords
 from fastmix.envs.pettingzoo import checked_limit, own_limit
 from fastmix.envs.protocol import EnvInfo
 from fastmix.envs.spaces import AgentSpaces
@@ -38,7 +38,7 @@ def make_gym(spec: str, n_envs: int, seed: int) -> GamesEnv:
     does not take the options, or is not one of several agents with one choice each.
     """
     requirements.demand("gym")
-    name, options = parse_options(spec)
+    name, options = parse_keywords(spec)
     return make_games_env(f"gym:{spec}", "fastmix.envs.gym:make_game", {"name": name}, options, n_envs, seed)
 
 

@@ -1,62 +1,41 @@
-"""Options in an environment's name: ``family:map,key=value,key=value``, so that one string says everything about it."""
+"""Rules of an environment behind its name: ``p-1.5,toroidal=true,world_shape=6x7``."""
 
 from __future__ import annotations
 
-import ast
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+Rules = TypeVar("Rules")
 
 
-def parse_options(spec: str) -> tuple[str, dict[str, Any]]:
-    """``"3m,timeout=30,difficulty=7"`` as ``("3m", {"timeout": 30, "difficulty": 7})``.
+def changed(env: str, rules: Rules, changes: Sequence[str]) -> Rules:
+    """The dataclass ``rules`` with ``changes`` like ``n_agents=4``; ``env`` is the whole name, for messages.
 
-    Values are Python literals (numbers, True, None, lists), anything else is text; commas within brackets belong to the
-    value. Raises ``ValueError`` naming the part that is not ``key=value``, or is given twice.
+    Values are read in the type of what they replace; numbers of a tuple are joined by x (``6x7``), and those of a fixed
+    length keep it. Raises ``ValueError`` for a rule that does not exist or a value that is none.
     """
-    name, *parts = _split(spec)
-    options: dict[str, Any] = {}
-    for part in parts:
-        key, equals, text = part.partition("=")
-        if not equals or not key.isidentifier():
-            raise ValueError(f"{spec!r} holds {part!r}; after the name come options such as key=value, with commas")
-        if key in options:
-            raise ValueError(f"{spec!r} gives {key} twice")
-        options[key] = _value(text)
-    return name, options
+    known = {field.name: field for field in dataclasses.fields(rules)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals or name not in known:
+            raise ValueError(f"env is {env!r}; {change!r} must be rule=value with one of {', '.join(known)}")
+        fixed = "..." not in str(known[name].type)
+        values[name] = _parse(env.partition(":")[0], name, text, getattr(rules, name), fixed)
+    return dataclasses.replace(rules, **values)  # type: ignore[type-var]
 
 
-def take_number(options: dict[str, Any], name: str, default: float, least: float) -> float:
-    """Remove the option ``name`` and return it; ``default`` where it is not given.
-
-    Raises ``ValueError`` unless it is a number and at least ``least``.
-    """
-    value = options.pop(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < float("inf"):
-        raise ValueError(f"the environment's {name} is {value!r}; it must be a number of at least {least:g}")
-    return value
-
-
-def take_count(options: dict[str, Any], name: str, default: int, least: int) -> int:
-    """As :func:`take_number`, for whole numbers."""
-    value = take_number(options, name, default, least)
-    if not isinstance(value, int):
-        raise ValueError(f"the environment's {name} is {value!r}; it must be a whole number")
-    return value
-
-
-def _split(spec: str) -> list[str]:
-    """At commas outside brackets."""
-    parts, depth = [""], 0
-    for character in spec:
-        depth += (character in "[({") - (character in "])}")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
-
-
-def _value(text: str) -> Any:
+def _parse(family: str, name: str, text: str, replaced: Any, fixed_length: bool) -> Any:
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+        if isinstance(replaced, bool):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(replaced, tuple):
+            numbers = tuple(int(part) for part in text.split("x")) if text else ()
+            if fixed_length and len(numbers) != len(replaced):
+                raise ValueError
+            return numbers
+        return type(replaced)(text)
+    except (KeyError, ValueError):
+        kinds = {bool: "true or false", int: "a whole number", float: "a number", tuple: "numbers like 6x7"}
+        raise ValueError(f"{family}: {name} is {text!r}; it must be {kinds.get(type(replaced), 'a name')}") from None

@@ -21,7 +21,7 @@ import numpy as np
 
 from fastmix import requirements
 from fastmix.envs.games import Frame, GamesEnv, Outcome
-from fastmix.envs.options import parse_options
+from fastmix.envs.keywords import parse_keywords
 from fastmix.envs.protocol import EnvInfo
 from fastmix.envs.spaces import AgentSpaces
 from fastmix.envs.workers import make_games_env
@@ -37,7 +37,7 @@ def make_pettingzoo(spec: str, n_envs: int, seed: int) -> GamesEnv:
     the options, or has actions that are no single choice.
     """
     requirements.demand("pettingzoo")
-    path, options = parse_options(spec)
+    path, options = parse_keywords(spec)
     return make_games_env(
         f"pettingzoo:{spec}", "fastmix.envs.pettingzoo:make_game", {"path": path}, options, n_envs, seed
     )

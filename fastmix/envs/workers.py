@@ -26,7 +26,7 @@ from typing import IO, Any
 import numpy as np
 
 from fastmix.envs.games import Driver, GamesEnv, InProcess, Slots, derive
-from fastmix.envs.options import take_count
+from fastmix.envs.keywords import take_count
 from fastmix.envs.protocol import EnvInfo
 from fastmix.envs.worker import load_factory
 

@@ -38,6 +38,9 @@ from fastmix.train.rollout import EpisodeStats, Player, Rollout
 
 log = logging.getLogger(__name__)
 
+ABSOLUTE_FACTOR = 10
+"""Episodes of the evaluation at the end, of the best networks, as a multiple of those of the others."""
+
 CONFIG_FILE, RESULT_FILE, BEST_FILE, CHECKPOINT_FOLDER = "config.json", "result.json", "best.safetensors", "checkpoints"
 
 
@@ -157,6 +160,7 @@ class Trainer:
                 raise
             finally:
                 logger.close()
+        absolute = self._absolute_metric()
         return {
             "seed": config.seed,
             "t_env": counters.t_env,
@@ -166,6 +170,7 @@ class Trainer:
             "best_return": counters.best_return,
             **self._test,
             **_origin(self.rollout.player.env, self.test_env),
+            "absolute": absolute,
         }
 
     def close(self) -> None:
@@ -242,7 +247,10 @@ class Trainer:
         stats = evaluate(self.algo, self.test_env, self.plan.test_nepisode, self._test_generator, device=self.device)
         self._test = stats.summary("test_")
         counters.last_test = counters.t_env
-        logger.write(counters.t_env, self._test)
+        self._tick()
+        each = {"test_returns": stats.returns} | ({} if stats.won is None else {"test_won": stats.won})
+        cost = {"wall_s": counters.wall_s, "replay_ratio": self._replay_ratio()}
+        logger.write(counters.t_env, {**self._test, **each, **cost})
         result = self._test["test_return_mean"]
         # A network that has learnt nothing may be lucky; it is nobody's best.
         if counters.updates and (counters.best_return is None or result > counters.best_return):
@@ -250,12 +258,39 @@ class Trainer:
             state = {"algo": self.algo.state_dict(), "t_env": counters.t_env, **self._test}
             checkpoint.save(self.folder / BEST_FILE, state)
 
+    def _absolute_metric(self) -> dict[str, Any] | None:
+        """The best networks on ten times the episodes; None where nothing was learnt.
+
+        The protocol of R. Gorsane et al., "Towards a standardised performance evaluation protocol for cooperative
+        MARL", 2022. Environment and random numbers are its own, so it is the same for a run that was resumed.
+        """
+        path = self.folder / BEST_FILE
+        if self.counters.best_return is None or not path.is_file():
+            return None
+        seeds = _seeds(self.config.seed)
+        best = checkpoint.load(path)
+        algo = make_algorithm(self.config, self.plan.info)
+        algo.load_state_dict(best["algo"])
+        n_episodes = ABSOLUTE_FACTOR * self.plan.test_nepisode
+        generator = _generator(self.device, seeds["absolute_explore"])
+        env = envs.make(self.config.env, self.test_env.n_envs, seeds["absolute_env"])
+        try:
+            stats = evaluate(algo, env, n_episodes, generator, device=self.device)
+        finally:
+            env.close()
+        won = {} if stats.won is None else {"won": stats.won}
+        return {"t_env": best["t_env"], **stats.summary(""), "returns": stats.returns, **won}
+
+    def _replay_ratio(self) -> float:
+        """How often an episode has been learnt from, on average."""
+        return self.counters.updates * self.algo.config.batch_size / max(self.counters.episodes, 1)
+
     def _log_is_due(self) -> bool:
         t_env = self.counters.t_env
         return t_env - self.counters.last_log >= self.config.log_interval or t_env >= self.t_max
 
     def _log(self, logger: RunLogger) -> None:
-        counters, settings = self.counters, self.algo.config
+        counters = self.counters
         self._tick()
         seconds = max(counters.wall_s - self._logged_wall, 1e-9)
         values = {name: float(value) for name, value in self._stats.items() if value.ndim == 0}
@@ -263,7 +298,7 @@ class Trainer:
             "episodes": counters.episodes,
             "updates": counters.updates,
             "epsilon": self.rollout.epsilon(counters.t_env),
-            "replay_ratio": counters.updates * settings.batch_size / counters.episodes,
+            "replay_ratio": self._replay_ratio(),
             "buffer_episodes": self.replay.count,
             "wall_s": counters.wall_s,
             "env_steps_per_s": (counters.t_env - self._logged_at) / seconds,
@@ -382,7 +417,10 @@ def _check_same(folder: Path, saved: dict[str, Any], ours: dict[str, Any]) -> No
 
 def _seeds(seed: int) -> dict[str, int]:
     """Independent seeds for everything random in a run, all decided by one number."""
-    names = ("algo", "env", "test_env", "replay", "explore", "test_explore", "torch")
+    # New names go to the end: the seeds of the others stay what they were.
+    names = (
+        "algo", "env", "test_env", "replay", "explore", "test_explore", "torch", "absolute_env", "absolute_explore"
+    )  # fmt: skip
     return dict(zip(names, np.random.SeedSequence(seed).generate_state(len(names)).tolist(), strict=True))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from fastmix.envs import BatchedEnv, ExternalEnv
 from fastmix.envs.games import GamesEnv, InProcess, derive
-from fastmix.envs.options import parse_options
+from fastmix.envs.keywords import parse_keywords
 from fastmix.envs.workers import Workers, WorkerSettings, make_games_env
 from fastmix.errors import EnvironmentFailed
 from tests.envs.toy import Walk
@@ -203,21 +203,21 @@ def test_workers_load_no_torch() -> None:
     ("spec", "name", "options"),
     [
         ("3m", "3m", {}),
-        ("3m,timeout=2.5,a=True,b=None", "3m", {"timeout": 2.5, "a": True, "b": None}),
+        ("3m,timeout=2.5,a=True,b=None,c=false", "3m", {"timeout": 2.5, "a": True, "b": None, "c": False}),
         ("m.f,sizes=[1,2],name=x-y", "m.f", {"sizes": [1, 2], "name": "x-y"}),
         ("a:B-v3,k={'x': (1, 2)},z=", "a:B-v3", {"k": {"x": (1, 2)}, "z": ""}),
     ],
 )
 def test_options_in_names(spec: str, name: str, options: dict[str, Any]) -> None:
-    assert parse_options(spec) == (name, options)
+    assert parse_keywords(spec) == (name, options)
 
 
 @pytest.mark.parametrize("spec", ["3m,fast", "3m,=3", "3m,a b=3", "3m,"])
 def test_options_that_are_none(spec: str) -> None:
     with pytest.raises(ValueError, match="options such as key=value"):
-        parse_options(spec)
+        parse_keywords(spec)
 
 
 def test_an_option_given_twice() -> None:
     with pytest.raises(ValueError, match="gives a twice"):
-        parse_options("3m,a=1,a=2")
+        parse_keywords("3m,a=1,a=2")

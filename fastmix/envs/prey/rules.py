@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Final
 
+from fastmix.envs.options import changed
+
 ACTIONS: Final = ("right", "down", "left", "up", "stay", "catch")
 COMPAT: Final = ("paper", "released")
 _MOST: Final = 2**14  # entities, and cells along a side: what the core's indices are made for
@@ -159,14 +161,7 @@ def parse(spec: str) -> Preset:
         preset = powqmix_preset(punishment or 0.0)
     else:
         raise ValueError(f"env is 'prey:{spec}'; it must be like {EXAMPLE}")
-    known = {field.name: field for field in dataclasses.fields(PreyRules)}
-    values: dict[str, Any] = {}
-    for change in changes:
-        key, equals, text = change.partition("=")
-        if not equals or key not in known:
-            raise ValueError(f"env is 'prey:{spec}'; {change!r} must be rule=value with one of {', '.join(known)}")
-        values[key] = _parse_value(key, text, known[key].default)
-    return dataclasses.replace(preset, rules=dataclasses.replace(preset.rules, **values))
+    return dataclasses.replace(preset, rules=changed(f"prey:{spec}", preset.rules, changes))
 
 
 _INACTIVE: Final[dict[str, Any]] = {
@@ -188,19 +183,3 @@ def from_public(config: dict[str, Any], compat: str = "paper") -> PreyRules:
     known = {field.name for field in dataclasses.fields(PreyRules)}
     given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
     return PreyRules(**{**{name: value for name, value in given.items() if name in known}, "compat": compat})
-
-
-def _parse_value(name: str, text: str, default: Any) -> Any:
-    """``text`` in the type of ``default``; numbers of a tuple are joined by x (6x7)."""
-    try:
-        if isinstance(default, bool):
-            return {"true": True, "false": False}[text.lower()]
-        if isinstance(default, tuple):
-            numbers = tuple(int(part) for part in text.split("x")) if text else ()
-            if name != "agent_move_block" and len(numbers) != len(default):
-                raise ValueError
-            return numbers
-        return type(default)(text)
-    except (KeyError, ValueError):
-        kind = {bool: "true or false", int: "a whole number", float: "a number", tuple: "numbers like 6x7"}
-        raise ValueError(f"prey: {name} is {text!r}; it must be {kind.get(type(default), 'a name')}") from None

@@ -17,7 +17,7 @@ from typing import Any
 
 from fastmix import requirements
 from fastmix.envs.games import GamesEnv
-from fastmix.envs.options import parse_options, take_count, take_number
+from fastmix.envs.keywords import parse_keywords, take_count, take_number
 from fastmix.envs.workers import Workers, WorkerSettings
 
 __all__ = ["SmacEnv", "make_smac"]
@@ -49,7 +49,7 @@ def make_smac(spec: str, n_envs: int, seed: int) -> SmacEnv:
     Raises ``ImportError`` or ``FileNotFoundError`` saying what is missing and what mends it, and ``ValueError`` for a
     map or an option that smac does not know. A game starts with the first ``reset``.
     """
-    map_name, options = parse_options(spec)
+    map_name, options = parse_keywords(spec)
     for name in OWN:
         if name in options:
             raise ValueError(f"env is 'smac:{spec}'; {name} is not an option of it")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastmix import requirements
-from fastmix.envs.options import parse_options
+from fastmix.envs.keywords import parse_keywords
 
 if TYPE_CHECKING:
     from fastmix.envs.smax.env import SmaxEnv
@@ -27,5 +27,5 @@ def make_smax(spec: str, n_envs: int, seed: int) -> SmaxEnv:
     requirements.demand("smax")
     from fastmix.envs.smax.env import SmaxEnv
 
-    map_name, options = parse_options(spec)
+    map_name, options = parse_keywords(spec)
     return SmaxEnv(map_name, options, n_envs, seed)
