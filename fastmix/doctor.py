@@ -301,6 +301,8 @@ def _problems(core: dict[str, Any], threads: dict[str, Any], gpu: dict[str, Any]
 def _environments() -> dict[str, Environment]:
     families = {
         "matrix": "one-step matrix games, built in",
+        "prey": "predator-prey, built in",
+        "group_matching": "REFIL's group matching, built in",
         "smac": "StarCraft Multi-Agent Challenge, the real game",
         "smax": "SMAC-like battles in JAX (JaxMARL)",
         "pettingzoo": "PettingZoo parallel environments, such as MPE (mpe2)",

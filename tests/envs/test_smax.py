@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -167,6 +169,17 @@ def test_arrays_are_copies() -> None:
 def test_what_cannot_be_is_explained(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(name)
+
+
+def test_importing_jaxmarl_leaves_the_output_alone() -> None:
+    code = (
+        "import contextlib, io, sys; from fastmix import envs\n"
+        "with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:\n"
+        "    envs.make('smax:3m', 1, 0); assert sys.stdout is out and sys.stderr is err; print('hidden')\n"
+        "assert out.getvalue() == 'hidden\\n'; sys.__stdout__.write('done')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "done" and not done.stderr
 
 
 def test_wrong_actions() -> None:

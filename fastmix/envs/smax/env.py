@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -14,8 +16,20 @@ import numpy as np
 from fastmix import requirements
 from fastmix.envs.protocol import EnvInfo, StateDict
 
-with contextlib.redirect_stdout(io.StringIO()):  # it prints which optional parts it lacks
-    import jaxmarl  # noqa: F401
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """JaxMARL prints while it is imported, and then points our output to where the process's was at its start."""
+    start, hidden = sys.__stdout__, io.StringIO()
+    vars(sys)["__stdout__"] = hidden
+    try:
+        with contextlib.redirect_stdout(hidden), contextlib.redirect_stderr(sys.stderr):
+            yield
+    finally:
+        vars(sys)["__stdout__"] = start
+
+
+with _undisturbed():
     from jaxmarl.environments.smax import HeuristicEnemySMAX
     from jaxmarl.environments.smax.smax_env import MAP_NAME_TO_SCENARIO, Scenario
 
