@@ -46,7 +46,7 @@ class Environment:
     @property
     def ready(self) -> bool:
         """Whether ``fastmix train --env <family>:...`` can start."""
-        return self.adapter and not self.problems
+        return self.adapter and not any(problem.blocking for problem in self.problems)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

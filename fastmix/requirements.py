@@ -21,6 +21,8 @@ class Problem:
     fix: str
     of_files: bool = False
     """Of a program's files rather than of a Python package."""
+    blocking: bool = True
+    """Whether nothing works until it is mended."""
 
 
 def demand(family: str) -> None:
@@ -28,6 +30,8 @@ def demand(family: str) -> None:
     ``ImportError``; both say what mends it.
     """
     for problem in CHECKS[family]():
+        if not problem.blocking:
+            continue
         raised = FileNotFoundError if problem.of_files else ImportError
         raise raised(f"{family}: {problem.what}; mend it by: {problem.fix}")
 
@@ -69,7 +73,8 @@ def _smac() -> Iterator[Problem]:
     if not installed("pysc2"):
         yield Problem("the package pysc2 is not installed", "pip install pysc2 s2clientprotocol")
     if installed_version("enum34") is not None:
-        yield Problem("enum34, which pysc2 asks for, breaks the standard library's enum", "pip uninstall -y enum34")
+        what = "enum34, which pysc2 asks for, breaks every Python that has its folder in PYTHONPATH"
+        yield Problem(what, "pip uninstall -y enum34", blocking=False)
     yield from _starcraft()
 
 
@@ -118,7 +123,7 @@ def _starcraft() -> Iterator[Problem]:
         )
     for binary in binaries:
         if not os.access(binary, os.X_OK):
-            yield Problem(f"the game binary {binary} may not be executed", f"chmod +x {binary}", True)
+            yield Problem(f"the game binary {binary} may not be executed", f"chmod +x {binary}", of_files=True)
     if next((home / "Maps").glob("SMAC_Maps/*.SC2Map"), None) is None:
         yield Problem(
             f"the SMAC maps are not in {home / 'Maps' / 'SMAC_Maps'}",

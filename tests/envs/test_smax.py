@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -109,7 +109,8 @@ def test_battles() -> None:
     assert won > 0 and lost > 0 and fewer
     program = env._program
     assert make("3m")._program is program
-    assert program.step._cache_size() == program.reset._cache_size() == 1
+    compiled: list[Any] = [program.step, program.reset]
+    assert [function._cache_size() for function in compiled] == [1, 1]
 
 
 def test_the_time_limit_cuts_at_the_promised_step() -> None:

@@ -100,5 +100,5 @@ class Masked(gymnasium.Env[Any, Any]):
         return {"action_mask": [np.array([1, 1]), np.array([1, 0, 0, 1])]}
 
 
-gymnasium.register("toy-masked-v0", entry_point=Masked, max_episode_steps=5)
-gymnasium.register("toy-endless-v0", entry_point=Masked)
+gymnasium.register("toy-masked-v0", entry_point="tests.envs.toy_team:Masked", max_episode_steps=5)
+gymnasium.register("toy-endless-v0", entry_point="tests.envs.toy_team:Masked")

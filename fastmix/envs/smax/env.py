@@ -245,7 +245,7 @@ def _state_scale(inner: Any) -> np.ndarray:
     return np.concatenate([np.tile(unit, inner.num_agents), teams, types])
 
 
-def _view(array: jax.Array) -> np.ndarray:
+def _view(array: Any) -> np.ndarray:
     """Without a copy, and not to be written."""
     return np.from_dlpack(array)
 
