@@ -277,7 +277,8 @@ class GamesEnv:
             self._taken[rows, self._t[rows]] = actions[rows]
         reasons = self._driver.step(rows)
         self._t[rows] += 1
-        whole = rows[~np.isin(rows, list(reasons))]  # what a failed game left behind means nothing
+        # What a failed game left behind means nothing.
+        whole = rows[~np.isin(rows, list(reasons))] if reasons else rows
         done = whole[self.terminated[whole] | self.truncated[whole]]
         self._running[done] = False
         self._in_a_row[done] = 0

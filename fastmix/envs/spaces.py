@@ -35,6 +35,8 @@ class AgentSpaces:
         self._counts = np.array([int(space.n) for space in actions])
         self.n_agents = len(self._spaces)
         self.n_actions = int(self._counts.max())
+        self._all = np.arange(self.n_actions) < self._counts[:, None]
+        self._boxes = [isinstance(space, spaces.Box) for space in self._spaces]
         self.obs_dim = max(self._sizes)
         self.joint_dim = sum(self._sizes)
         """Numbers in all observations together, without the padding."""
@@ -48,7 +50,8 @@ class AgentSpaces:
         rows = np.zeros((self.n_agents, self.obs_dim), dtype=np.float32)
         for a, observation in enumerate(observations):
             if observation is not None:
-                rows[a, : self._sizes[a]] = _flat(self._spaces[a], _seen(observation))
+                seen = _seen(observation)
+                rows[a, : self._sizes[a]] = np.ravel(seen) if self._boxes[a] else _flat(self._spaces[a], seen)
         return rows
 
     def joint(self, obs: np.ndarray) -> np.ndarray:
@@ -60,11 +63,12 @@ class AgentSpaces:
 
         Agents that are gone (``None``) take action 0. Raises ``ValueError`` for a mask that allows nothing.
         """
-        rows = np.arange(self.n_actions) < self._counts[:, None]
+        rows = self._all.copy()
         for a, (observation, info) in enumerate(zip(observations, infos, strict=True)):
             mask = _mask(observation, info)
             if observation is None:
-                rows[a] = np.arange(self.n_actions) == 0
+                rows[a] = False
+                rows[a, 0] = True
             elif mask is not None:
                 given = np.asarray(mask, dtype=bool).reshape(-1)
                 if len(given) != self._counts[a] or not given.any():
@@ -95,6 +99,4 @@ def _mask(observation: Any, info: Any) -> Any:
 def _flat(space: Any, value: Any) -> np.ndarray:
     from gymnasium import spaces
 
-    if isinstance(space, spaces.Box):
-        return np.asarray(value, dtype=np.float32).reshape(-1)
     return np.asarray(spaces.flatten(space, value), dtype=np.float32)
