@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from fastmix.envs.custom import make_custom
 from fastmix.envs.group_matching import GroupMatching, make_group_matching
 from fastmix.envs.matrix import MatrixGame, Payoff, make_matrix
 from fastmix.envs.protocol import BatchedEnv, EnvInfo, ExternalEnv, StateDict
@@ -51,6 +52,7 @@ REGISTRY: dict[str, Factory] = {
     "smax": _later("fastmix.envs.smax", "make_smax"),
     "pettingzoo": _later("fastmix.envs.pettingzoo", "make_pettingzoo"),
     "gym": _later("fastmix.envs.gym", "make_gym"),
+    "python": make_custom,
 }
 
 
