@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     print_results(results)
     summary: dict[str, Any] = {"algo": config.algo, "env": config.env, "t_max": t_max, "seeds": results}
     written = [folder / "summary.json"]
-    env = envs.make(config.env, 1, 0)
+    env = envs.make(config.env, 1, 0) if config.env.startswith("matrix:") else None
     if isinstance(env, MatrixGame):
         summary["game"] = summarise_games(results, env.payoff)
         print()

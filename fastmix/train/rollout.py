@@ -10,7 +10,7 @@ import torch
 
 from fastmix._parts import part
 from fastmix.algorithms import Algorithm
-from fastmix.envs import BatchedEnv, ExternalEnv
+from fastmix.envs import BatchedEnv
 from fastmix.train.memory import pinned
 from fastmix.train.replay import ReplayBuffer
 from fastmix.train.schedules import EpsilonSchedule
@@ -32,7 +32,8 @@ class Player:
         self.returns = np.zeros(n_envs, dtype=np.float64)
         # On the CPU these are views of the environment's own arrays: never copied, always current.
         self._obs, self._avail = torch.as_tensor(env.obs), torch.as_tensor(env.avail)
-        self._failed = env.failed if isinstance(env, ExternalEnv) else np.zeros(n_envs, dtype=bool)
+        # Of an ExternalEnv, or of a wrapper around one.
+        self._failed: np.ndarray = getattr(env, "failed", np.zeros(n_envs, dtype=bool))
 
     def play(self, epsilon: float, generator: torch.Generator) -> np.ndarray:
         """Choose and take one joint action in every copy; returns the actions ``[E,A]`` int64.

@@ -273,6 +273,8 @@ class Trainer:
         algo.load_state_dict(best["algo"])
         n_episodes = ABSOLUTE_FACTOR * self.plan.test_nepisode
         generator = _generator(self.device, seeds["absolute_explore"])
+        if isinstance(self.test_env, ExternalEnv):
+            self.close()  # games may be large, and those of the run are over
         env = envs.make(self.config.env, self.test_env.n_envs, seeds["absolute_env"])
         try:
             stats = evaluate(algo, env, n_episodes, generator, device=self.device)
