@@ -52,7 +52,7 @@ def make_game(seed: int, path: str, options: dict[str, Any]) -> PettingZooGame:
         env = function(**options)
     except TypeError as error:
         raise ValueError(f"pettingzoo:{path} does not take the options {options}: {error}") from error
-    if not hasattr(env, "possible_agents") or not hasattr(env, "state"):
+    if not hasattr(env, "possible_agents") or hasattr(env, "agent_iter"):  # which is PettingZoo's other interface
         raise ValueError(f"pettingzoo:{path} makes a {type(env).__name__}; it must make a parallel environment")
     return PettingZooGame(env, path, limit)
 

@@ -29,6 +29,7 @@ from fastmix.envs.games import Driver, GamesEnv, InProcess, Slots, derive
 from fastmix.envs.keywords import take_count
 from fastmix.envs.protocol import EnvInfo
 from fastmix.envs.worker import load_factory
+from fastmix.errors import EnvironmentFailed
 
 CLOSE_S = 10.0  # how long a game may take to end before its process is killed
 LOG_LIMIT = 1 << 20  # bytes of a worker's output that are kept
@@ -80,7 +81,7 @@ class Workers:
     """The games of ``n_envs`` copies, spread over ``n_workers`` processes.
 
     Raises what the factory raises: ``ValueError``, ``FileNotFoundError`` and ``ImportError`` as they are, anything else
-    as ``RuntimeError``.
+    as ``RuntimeError``; ``EnvironmentFailed`` where a process ends before its games are made.
     """
 
     def __init__(self, settings: WorkerSettings, n_envs: int, n_workers: int, seed: int) -> None:
@@ -95,36 +96,36 @@ class Workers:
             # All at once: a start takes seconds.
             for worker in self._workers:
                 worker.start()
-            greetings = [worker.greeting() for worker in self._workers]
+            greetings = [worker.answer() for worker in self._workers]
+        except WorkerDied as died:
+            self.close()
+            raise EnvironmentFailed(f"{settings.factory}: a worker did not start: {died}") from None
         except BaseException:
             self.close()
             raise
-        self.info, self.knows_victory = greetings[0]
+        self.info: EnvInfo = greetings[0][0]
+        self.knows_victory: bool = greetings[0][1]
         size = Slots.size(self.info, n_envs)
         os.ftruncate(self._memory, size)
         self.slots = Slots.over(mmap.mmap(self._memory, size), self.info, n_envs)
 
     def reset(self, rows: np.ndarray, seeds: Sequence[int]) -> dict[int, str]:
         """See ``fastmix.envs.games.Driver``. A worker that died is started again first."""
+        self._check_open()
         chosen = dict(zip(rows.tolist(), seeds, strict=True))
         asked = [(worker, [row for row in worker.rows if row in chosen]) for worker in self._workers]
         asked = [(worker, mine) for worker, mine in asked if mine]
         reborn = [worker for worker, _ in asked if not worker.alive]
         for worker in reborn:
             worker.start()
-        reasons: dict[int, str] = {}
-        for worker in reborn:
-            try:
-                worker.greeting()
-            except WorkerDied as died:
-                reasons |= dict.fromkeys(worker.rows, str(died))
+        _, unborn = self._answers(reborn)
         asked = [(worker, mine) for worker, mine in asked if worker.alive]
         answers, failed = self._ask([(w, ("reset", mine, [chosen[row] for row in mine])) for w, mine in asked])
         self.build = next(iter(answers), self.build)
         for worker, _ in asked:
             worker.launched = worker.alive
         # A worker that died takes its other copies with it, whether they were asked for or not.
-        return reasons | failed
+        return unborn | failed
 
     def step(self, rows: np.ndarray) -> dict[int, str]:
         """See ``fastmix.envs.games.Driver``."""
@@ -142,13 +143,21 @@ class Workers:
         """End the games and their processes; harmless when that has been done."""
         self._close()
 
+    def _check_open(self) -> None:
+        if not self._close.alive:
+            raise RuntimeError("the environment has been closed")
+
     def _ask(self, commands: Sequence[tuple[_Worker, tuple[Any, ...]]]) -> tuple[list[Any], dict[int, str]]:
-        """What the workers answer, and why the rows of those failed that did not."""
-        reasons: dict[int, str] = {}
+        self._check_open()
         for worker, command in commands:
             worker.send(command)
-        answers = []
-        for worker, _ in commands:
+        return self._answers([worker for worker, _ in commands])
+
+    def _answers(self, workers: Sequence[_Worker]) -> tuple[list[Any], dict[int, str]]:
+        """What the workers answer, and why the rows of those failed that did not."""
+        answers: list[Any] = []
+        reasons: dict[int, str] = {}
+        for worker in workers:
             try:
                 answers.append(worker.answer())
             except WorkerDied as died:
@@ -175,7 +184,7 @@ class _Worker:
         return self.process is not None
 
     def start(self) -> None:
-        """Start the process; its greeting is still to be read. Each start has other seeds, so that games differ."""
+        """Start the process; its answer is what the games are. Each start has other seeds, so that games differ."""
         ours, theirs = Pipe()
         life_theirs, life_ours = os.pipe()
         self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by kill()
@@ -210,11 +219,6 @@ class _Worker:
         self.launched = False
         self.deadline = time.monotonic() + self.settings.start_timeout
 
-    def greeting(self) -> tuple[EnvInfo, bool]:
-        """What the games are, once they are made."""
-        info, knows_victory = self.answer()
-        return info, knows_victory
-
     def send(self, command: tuple[Any, ...]) -> None:
         """Hand over a command; :meth:`answer` tells what came of it."""
         limit = self.settings.timeout if self.launched else self.settings.start_timeout
@@ -233,7 +237,8 @@ class _Worker:
         except (EOFError, OSError):
             raise self._died(f"its process ended{self._status()}") from None
         if kind == "failed":
-            raise self._died(value)
+            self.kill()
+            raise WorkerDied(value)
         if kind == "error":
             name, message, trace = value
             self.kill()

@@ -170,6 +170,8 @@ def test_a_bug_of_the_environment_is_raised_with_its_traceback(closing: list[Gam
 def test_a_factory_that_refuses_and_wrong_numbers_of_workers() -> None:
     with pytest.raises(ValueError, match=r"^no walk today$"):
         remote(2, 2, trouble="refuse")
+    with pytest.raises(EnvironmentFailed, match="a worker did not start: its process ended with status 9"):
+        remote(2, 2, trouble="die")
     with pytest.raises(ImportError):
         Workers(WorkerSettings("tests.envs.nowhere:make"), 1, 1, 0)
     with pytest.raises(ValueError, match="workers is 3; it must be between 1 and the number of copies, 2"):

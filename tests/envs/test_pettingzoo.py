@@ -81,6 +81,12 @@ def test_a_real_one_is_restored_and_played_by_workers() -> None:
         np.testing.assert_array_equal(env.reward, resumed.reward)
 
 
+def test_the_other_interface_is_refused() -> None:
+    pytest.importorskip("mpe2", reason="mpe2 is not installed: pip install mpe2")
+    with pytest.raises(ValueError, match="it must make a parallel environment"):
+        make(f"{SPREAD}.env")
+
+
 def test_masks_leaving_agents_and_a_state_made_of_observations() -> None:
     env = relay()
     assert (env.info.n_actions, env.info.obs_dim, env.info.state_dim) == (3, 4, 6)

@@ -354,6 +354,9 @@ def test_closing_twice_and_forgetting_to(make: MakeEnv, ledger: Path) -> None:
     env.close()
     env.close()
     assert not games(ledger)
+    for call in (env.reset, lambda: env.step(stop(env))):
+        with pytest.raises(RuntimeError, match="has been closed"):
+            call()
 
 
 def test_a_resumed_run_begins_new_episodes_and_wants_the_same_build(make: MakeEnv) -> None:

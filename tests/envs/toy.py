@@ -69,6 +69,8 @@ class Walk:
 def make_walk(seed: int, options: dict[str, Any] | None = None, **given: Any) -> Walk:
     """For ``fastmix.envs.workers``."""
     options = {**(options or {}), **given}
+    if options.get("trouble") == "die":
+        os._exit(9)
     if options.get("trouble") == "refuse":
         raise ValueError("no walk today")
     return Walk(seed, **options)
