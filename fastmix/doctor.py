@@ -342,7 +342,7 @@ def _text(findings: dict[str, Any], *, colour: bool) -> str:
         lines.extend(([""] if lines else []) + [paint(_BOLD, title)])
 
     def row(name: str, value: str, mark: str = "") -> None:
-        lines.append(f"  {name:<14}{paint(mark, value) if mark else value}")
+        lines.append(f"  {name:<15}{paint(mark, value) if mark else value}")
 
     def mend(problem: dict[str, str], indent: str) -> None:
         lines.append(f"{indent}- {problem['what']}")
@@ -393,12 +393,12 @@ def _text(findings: dict[str, Any], *, colour: bool) -> str:
         row(name, f"{paint(mark, f'{state:<9}')}{env['about']}")
         if not env["adapter"]:
             lines.append(
-                " " * 16
+                " " * 17
                 + "this version of fastmix has no adapter for it yet"
                 + ("; it will need:" if env["problems"] else "")
             )
         for problem in env["problems"]:
-            mend(problem, " " * 16)
+            mend(problem, " " * 17)
 
     if findings["variables"]:
         section("Environment variables")

@@ -88,6 +88,7 @@ class ExternalEnv(BatchedEnv, Protocol):
 
     ``failed [E]`` bool: the episode of that copy is lost (its game crashed in the last step, or was running when the
     run was stopped and cannot be restored). Nothing of it may be stored or counted; ``reset`` begins another one.
+    A finished copy stays as it is, and finished, until it is reset, whatever is stepped meanwhile.
     ``failures`` counts the games that broke down so far. ``build`` names the program and its version, "" until known;
     results of different builds may not be comparable. ``step`` and ``reset`` raise
     ``fastmix.errors.EnvironmentFailed`` for a game that keeps failing.

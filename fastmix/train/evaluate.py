@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from fastmix.algorithms import Algorithm
-from fastmix.envs import BatchedEnv
+from fastmix.envs import BatchedEnv, ExternalEnv
 from fastmix.train.rollout import EpisodeStats, Player
 
 
@@ -27,6 +27,7 @@ def evaluate(
     if n_episodes < 1:
         raise ValueError(f"n_episodes is {n_episodes}; it must be at least 1")
     share = n_episodes // env.n_envs + (np.arange(env.n_envs) < n_episodes % env.n_envs)
+    still = isinstance(env, ExternalEnv)  # nothing is played that does not count
     player = Player(env, algo, device)
     env.reset()
     stats = EpisodeStats()
@@ -40,5 +41,5 @@ def evaluate(
             counted = finished[share[finished] > 0]
             stats.add(player, counted)
             share[counted] -= 1
-            player.restart(finished)
+            player.restart(finished[share[finished] > 0] if still else finished)
     return stats

@@ -121,6 +121,9 @@ def test_the_time_limit_cuts_at_the_promised_step() -> None:
         env.step(np.full((E, 3), 4))
         assert (env.truncated == (step == 8)).all() and not env.terminated.any()
     assert env.won is not None and not env.won.any()
+    last = env.obs.copy()
+    env.step(np.full((E, 3), 1))  # a finished copy stays as it is
+    assert env.truncated.all() and (env.obs == last).all()
 
 
 def test_seeds_and_resumption() -> None:

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fastmix import envs
+from fastmix import algorithms, envs
 from fastmix.cli import main
 from fastmix.envs.games import GamesEnv, InProcess
 from fastmix.train.config import TrainConfig
+from fastmix.train.evaluate import evaluate
 from fastmix.train.logging import read_metrics
+from fastmix.train.plan import scheme_of
 from fastmix.train.trainer import Trainer
 from tests.envs.toy import Walk
 from tests.starcraft import games, install, wait_until
@@ -78,6 +81,17 @@ def test_a_game_that_keeps_failing_stops_the_run_which_goes_on_later(
     assert "[StarCraft II 4.10.0 (build 75689)]; 1 games broke down" in said
     result = json.loads((out / "seed-0" / "result.json").read_text())
     assert result["t_env"] >= 200 and result["failed_games"] == 1
+
+
+def test_evaluation_begins_no_episode_that_does_not_count() -> None:
+    env = make_walk_env("x", 3, 0)
+    algo = algorithms.make("vdn", scheme_of(env.info), rnn_hidden_dim=8)
+    for n_episodes in (7, 2, 5):
+        before = env._episode.sum()
+        stats = evaluate(algo, env, n_episodes, torch.Generator())
+        assert len(stats.lengths) == n_episodes
+        # One reset of all at the start, of which each copy may play one.
+        assert env._episode.sum() - before == max(n_episodes, 3)
 
 
 def test_replays_are_saved_where_there_are_any(

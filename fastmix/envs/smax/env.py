@@ -110,7 +110,7 @@ class SmaxEnv:
         given = map(_put, (actions.astype(np.int32), self._episode, self._t))
         self._games, seen = self._program.step(self._games, *given, _put(np.uint32(self._seed)))
         self._t += 1
-        self._show(seen, np.ones(self.n_envs, dtype=bool))
+        self._show(seen, ~(self.terminated | self.truncated))
 
     def state_dict(self) -> StateDict:
         """The running battles."""
