@@ -98,8 +98,8 @@ sanitize: $(VENV)/.installed
 	@PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED)
 	@$(SANITIZE_RUN) $(BIN)/python -m tests.fuzz.canary 2>&1 | grep -q "AddressSanitizer: heap-buffer-overflow" \
 		|| { echo "AddressSanitizer did not notice a read past the end: is it active?"; exit 1; }
-	@echo "== tests of the ops"
-	@$(SANITIZE_RUN) $(BIN)/python -m pytest -p tests.fuzz.core -p no:cacheprovider tests/ops $(ARGS)
+	@echo "== tests of the ops and of predator-prey"
+	@$(SANITIZE_RUN) $(BIN)/python -m pytest -p tests.fuzz.core -p no:cacheprovider tests/ops tests/envs/test_prey.py $(ARGS)
 	@echo "== random problems, $(FUZZ_SECONDS) s on each instruction set"
 	@for isa in baseline avx2 avx512; do \
 		$(SANITIZE_RUN) FASTMIX_ISA=$$isa $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) || exit 1; \

@@ -71,7 +71,7 @@ class Game {
         blank_(scratch.take<float>(view_size_)),
         view_(scratch.take<float>(view_size_)) {
     std::memset(blank_, 0, sizeof(float) * static_cast<size_t>(view_size_));
-    if (!r_.observe_walls || r_.toroidal) return;
+    if (!r_.observe_walls || (r_.toroidal && !r_.released)) return;
     for (int64_t row = 0; row < r_.rows + 2 * r_.window_rows; ++row) {
       for (int64_t col = 0; col < view_cols_; ++col) {
         const bool inside = row >= r_.window_rows && row < r_.window_rows + r_.rows && col >= r_.window_cols &&
@@ -145,7 +145,7 @@ class Game {
     for (int64_t i = 0; i < r_.prey(); ++i) {
       if (!alive_[i]) continue;
       state[cell(prey_pos_ + 2 * i) * 3 + kind(i)] = 1;
-      show(prey_pos_ + 2 * i, kind(i), i);
+      show(prey_pos_ + 2 * i, kind(i), i < r_.stags ? i : i - r_.stags);
     }
     for (int64_t i = 0; i < r_.agents; ++i) {
       look(i, p_.obs + (copy_ * r_.agents + i) * r_.obs_dim());
@@ -205,10 +205,10 @@ class Game {
     pos[1] = static_cast<int32_t>(at % r_.cols);
   }
 
-  // Near enough to catch: the public code does not look across the border of a toroidal world.
-  bool adjacent(const int32_t* a, const int32_t* b) const {
+  // Of the world's four directions, or without looking across the border of a toroidal one.
+  bool adjacent(const int32_t* a, const int32_t* b, bool wrap) const {
     int64_t down = a[0] < b[0] ? b[0] - a[0] : a[0] - b[0], across = a[1] < b[1] ? b[1] - a[1] : a[1] - b[1];
-    if (r_.toroidal && !r_.released) {
+    if (wrap) {
       down = down < r_.rows - down ? down : r_.rows - down;
       across = across < r_.cols - across ? across : r_.cols - across;
     }
@@ -275,7 +275,9 @@ class Game {
       while (chosen < n_free && directions[chosen] != recorded) ++chosen;
       if (chosen == n_free) return kPreyStayed;
     } else {
-      if (r_.rest[type] > 0 && random.uniform() < r_.rest[type]) return kPreyStayed;
+      // Where an agent has stepped on it there is no rest.
+      const bool may_rest = r_.rest[type] > 0 && map_[from * 3] == 0;
+      if (may_rest && random.uniform() < r_.rest[type]) return kPreyStayed;
       chosen = random.below(n_free);
     }
     --map_[from * 3 + kind(prey)];
@@ -286,7 +288,7 @@ class Game {
 
   bool catches(int64_t agent, const int32_t* prey_pos, const int64_t* actions) const {
     return active_[agent] && (!r_.capture_action || actions[agent] == kPreyCatch) &&
-           adjacent(agent_pos_ + 2 * agent, prey_pos);
+           adjacent(agent_pos_ + 2 * agent, prey_pos, r_.toroidal && !r_.released);
   }
 
   void remove(int64_t prey, const int64_t* actions) {
@@ -338,7 +340,7 @@ class Game {
     for (int64_t d = 0; d < 4; ++d) avail[d] = next_to(pos, d) != kNowhere;
     if (!r_.capture_action) return;
     for (int64_t i = 0; i < r_.prey() && !avail[kPreyCatch]; ++i) {
-      avail[kPreyCatch] = alive_[i] && adjacent(pos, prey_pos_ + 2 * i);
+      avail[kPreyCatch] = alive_[i] && adjacent(pos, prey_pos_ + 2 * i, r_.toroidal);
     }
   }
 

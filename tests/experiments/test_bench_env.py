@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastmix import envs
+from fastmix.agents import RNNAgent
 from fastmix.cli import main
 from fastmix.experiments.bench import baselines, steps
 from fastmix.experiments.bench.envs import SingleCopy, Training, training_speed
@@ -26,7 +27,9 @@ CONFIG = TrainConfig(env=ENV, test_nepisode=3, bucket=1, overrides=OVERRIDES)
 def test_the_public_way_plays_and_stores_the_same_episodes() -> None:
     plan = Plan.of(CONFIG)
     algo = make_algorithm(CONFIG, plan.info)
-    algo.networks["agent"].fc2.weight.data.mul_(30)  # greedy actions that depend on what is seen
+    agent = algo.networks["agent"]
+    assert isinstance(agent, RNNAgent)
+    agent.fc2.weight.data.mul_(30)  # greedy actions that depend on what is seen
     replay = make_replay(plan, 0, lambda sentence: None)
     rollout = Rollout(
         Player(envs.make(ENV, 1, 5), algo),

@@ -1,6 +1,7 @@
 """One random problem of each op: odd sizes, any strides, padded steps that hold NaN, float32 and float64.
 
-A problem is a function of a `Draw`; it runs the op with both backends and compares every output and every gradient.
+A problem is a function of a `Draw`; it runs the op with both backends and compares every output and every gradient. The
+game in the core is a problem, too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fastmix.ops.monotonic import POSITIVITIES, MonotonicParams
 from fastmix.ops.recurrent import RecurrentParams
 from fastmix.ops.returns import KINDS
 from fastmix.testing import assert_close, poisoned_allocations
+from tests.prey_problem import play_beside_reference, random_rules
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """RMS ratio. Looser in float32 than the tests of the ops: random problems include ones whose sums nearly cancel."""
@@ -207,8 +209,15 @@ def td_loss(draw: Draw) -> None:
     _compare(draw, [qs, *([] if residual is None else [residual])], run)
 
 
+def prey(draw: Draw) -> None:
+    """Predator-prey: some episodes of the compiled game and of the plain one, by random rules."""
+    rules = random_rules(draw.seed)
+    draw.log["rules"] = rules
+    play_beside_reference(rules, draw.seed)
+
+
 PROBLEMS: dict[str, Callable[[Draw], None]] = {
-    problem.__name__: problem for problem in (select, returns, monotonic, recurrent, td_loss)
+    problem.__name__: problem for problem in (select, returns, monotonic, recurrent, td_loss, prey)
 }
 
 

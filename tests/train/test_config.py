@@ -18,6 +18,7 @@ from fastmix.train import replay
 from fastmix.train.arguments import add_dataclass_arguments, given
 from fastmix.train.config import ReplayDevice, TrainConfig
 from fastmix.train.plan import Plan
+from fastmix.train.trainer import make_algorithm
 
 
 @dataclass(frozen=True)
@@ -208,3 +209,22 @@ def test_parallel_runs_need_the_device_together(gpu_of: Callable[[int], None]) -
     gpu_of(2 * Plan.of(TrainConfig()).replay_bytes)
     assert Plan.of(config).replay_device is not None
     assert Plan.of(config, n_parallel=2).replay_device is None
+
+
+def test_an_environment_suggests_and_the_user_decides() -> None:
+    plan = Plan.of(TrainConfig(env="prey:p-2"))
+    assert (plan.settings.epsilon_anneal_time, plan.settings.obs_agent_id) == (1_500_000, False)
+    assert (plan.t_max, plan.test_interval, plan.test_nepisode, plan.obs_dtype) == (2_050_000, 10_000, 16, "int8")
+    assert plan.description["algorithm"]["epsilon_anneal_time"] == 1_500_000
+    given = TrainConfig(
+        env="prey:p-2", t_max=900, test_interval=7, test_nepisode=3, replay_obs_dtype="float16",
+        overrides={"epsilon_anneal_time": 5},
+    )  # fmt: skip
+    plan = Plan.of(given)
+    assert (plan.settings.epsilon_anneal_time, plan.settings.obs_agent_id) == (5, False)
+    assert (plan.t_max, plan.test_interval, plan.test_nepisode, plan.obs_dtype) == (900, 7, 3, "float16")
+    assert make_algorithm(given, plan.info).config == plan.settings
+    plan = Plan.of(TrainConfig())
+    assert (plan.test_interval, plan.test_nepisode, plan.obs_dtype) == (2_000, 32, "float32")
+    with pytest.raises(ValueError, match="matrix:resq1 has observations that are no small whole numbers"):
+        Plan.of(TrainConfig(replay_obs_dtype="int8"))

@@ -104,7 +104,7 @@ class PreyReference:
             for agent in range(rules.n_agents)
             if self.agent_active[agent]
             and (actions[agent] == CATCH or not rules.capture_action)
-            and self._adjacent(self.agent_pos[agent], here)
+            and self._adjacent(self.agent_pos[agent], here, rules.toroidal and rules.compat == "paper")
         ]
         if rules.capture_action:
             captured = len(catchers) >= rules.capture_action_conditions[not is_stag]
@@ -123,7 +123,8 @@ class PreyReference:
             return STAYED
         if recorded is None:
             rest = rules.p_stags_rest if is_stag else rules.p_hare_rest
-            move = STAYED if self.rng.random() < rest else int(self.rng.choice(free))
+            may_rest = 0 not in self._holds(here)  # an agent may have stepped on it
+            move = STAYED if may_rest and self.rng.random() < rest else int(self.rng.choice(free))
         else:
             move = recorded if recorded in free else STAYED
         if move != STAYED:
@@ -155,7 +156,8 @@ class PreyReference:
                 seen[cell, 0] = other + 1
         for prey, cell in enumerate(self.prey_pos):
             if self.prey_alive[prey]:
-                seen[cell, 1 if rules.is_stag(prey) else 2] = prey + 1
+                number = prey if rules.is_stag(prey) else prey - rules.n_stags
+                seen[cell, 1 if rules.is_stag(prey) else 2] = number + 1
         row, col = self.agent_pos[agent]
         for i in range(2 * k_rows + 1):
             for j in range(2 * k_cols + 1):
@@ -163,7 +165,7 @@ class PreyReference:
                 if rules.toroidal and rules.compat == "paper":
                     cell = (cell[0] % rules.world_shape[0], cell[1] % rules.world_shape[1])
                 elif not self._inside(cell):
-                    window[i, j, 0] = -1.0 if rules.observe_walls and not rules.toroidal else 0.0
+                    window[i, j, 0] = -1.0 if rules.observe_walls else 0.0
                 for channel in range(3):
                     if (cell, channel) in seen:
                         window[i, j, channel] = seen[cell, channel] if rules.observe_ids else 1.0
@@ -181,7 +183,9 @@ class PreyReference:
         here = self.agent_pos[agent]
         avail = [int(self._neighbour(here, d) is not None) for d in range(4)] + [1]
         if rules.capture_action:
-            beside = (self._adjacent(here, cell) for p, cell in enumerate(self.prey_pos) if self.prey_alive[p])
+            beside = (
+                self._adjacent(here, cell, rules.toroidal) for p, cell in enumerate(self.prey_pos) if self.prey_alive[p]
+            )
             avail.append(int(any(beside)))
         return avail
 
@@ -219,10 +223,9 @@ class PreyReference:
             return row % rows, col % cols
         return (row, col) if self._inside((row, col)) else None
 
-    def _adjacent(self, a: Cell, b: Cell) -> bool:
-        """Near enough to catch; the public code does not look across the border of a toroidal world."""
+    def _adjacent(self, a: Cell, b: Cell, wrap: bool) -> bool:
         distances = [abs(x - y) for x, y in zip(a, b, strict=True)]
-        if self.rules.toroidal and self.rules.compat == "paper":
+        if wrap:
             sizes = self.rules.world_shape
             distances = [min(d, size - d) for d, size in zip(distances, sizes, strict=True)]
         return sum(distances) == 1

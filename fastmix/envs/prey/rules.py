@@ -24,7 +24,8 @@ class PreyRules:
 
     ``compat="released"`` keeps what look like slips of the public code; ``"paper"`` mends them:
 
-    * with ``toroidal`` only movement crosses the border; catching and observations do not
+    * with ``toroidal`` only movement, and whether catching is available, cross the border; a catch and observations do
+      not, and ``observe_walls`` shows walls
     * an agent that stays, catches or walks against the border collides with itself and is paid ``reward_collision``
 
     Raises ``ValueError`` naming a rule, its value and what it must be.
@@ -39,7 +40,7 @@ class PreyRules:
 
     agent_obs: tuple[int, int] = (2, 2)  # half-widths of the window that an agent sees
     observe_walls: bool = False  # -1 in the agents' channel beyond the border
-    observe_ids: bool = False  # index + 1 instead of 1
+    observe_ids: bool = False  # index within its kind + 1, instead of 1
 
     agent_move_block: tuple[int, ...] = (0, 1, 2)  # what an agent cannot walk into: 0 agents, 1 stags, 2 hares
     p_stags_rest: float = 0.0
