@@ -99,7 +99,7 @@ def _builds(grouped: Grouped) -> list[str]:
         builds = sorted({run.result.get("env_build", "") for run in runs} - {""})
         if builds:
             warning = "; results of different builds are not comparable" if len(builds) > 1 else ""
-            lines += ["", f"`{env}`: {', and '.join(builds)}{warning}."]
+            lines += ["", f"`{env}`: {' and '.join(builds)}{warning}."]
     return lines
 
 
