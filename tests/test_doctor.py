@@ -87,9 +87,9 @@ def test_text_is_aligned_and_plain_off_a_terminal(capsys: pytest.CaptureFixture[
     assert "\033" not in out
     titles = [line for line in out.splitlines() if line and not line.startswith(" ")]
     assert titles[:5] == ["Versions", "CPU", "Compiled core", "GPU", "Backends by op (the first is taken)"]
-    assert re.search(r"^  torch         \d+\.\d+", out, re.MULTILINE)
-    assert re.search(r"^  runs on       (baseline|avx2|avx512)$", out, re.MULTILINE)
-    assert re.search(r"^  matrix        ready    one-step matrix games", out, re.MULTILINE)
+    assert re.search(r"^  torch          \d+\.\d+", out, re.MULTILINE)
+    assert re.search(r"^  runs on        (baseline|avx2|avx512)$", out, re.MULTILINE)
+    assert re.search(r"^  matrix         ready    one-step matrix games", out, re.MULTILINE)
 
 
 def test_colour_marks_but_does_not_shift() -> None:
