@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from fastmix import __version__
+from fastmix.errors import EnvironmentFailed
 
 # command -> (module, help)
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
@@ -41,7 +42,7 @@ examples:
 fastmix <command> --help lists a command's options."""
 
 # What a user can mend: printed as one sentence. Anything else is a bug of ours and keeps its traceback.
-USER_ERRORS: Final = (ValueError, FileNotFoundError, ImportError, MemoryError, FloatingPointError)
+USER_ERRORS: Final = (ValueError, FileNotFoundError, ImportError, MemoryError, FloatingPointError, EnvironmentFailed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

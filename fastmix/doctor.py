@@ -8,7 +8,6 @@ flags of the command line).
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -16,13 +15,15 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
 import fastmix
+from fastmix.requirements import CHECKS, Problem
+from fastmix.requirements import installed as _installed
+from fastmix.requirements import installed_version as _version
 
 VARIABLES: Final[dict[str, str]] = {
     "FASTMIX_BACKEND": "reference, native, triton or cudnn for every op, or it raises (default: by device and dtype)",
@@ -32,14 +33,6 @@ VARIABLES: Final[dict[str, str]] = {
     "FASTMIX_COMMIT": "revision that benchmark results name where git cannot tell it (default: what git says)",
 }
 """Every environment variable fastmix reads, with its meaning and default."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something missing or wrong, and the shell command that mends it."""
-
-    what: str
-    fix: str
 
 
 @dataclass
@@ -53,7 +46,7 @@ class Environment:
     @property
     def ready(self) -> bool:
         """Whether ``fastmix train --env <family>:...`` can start."""
-        return self.adapter and not self.problems
+        return self.adapter and not any(problem.blocking for problem in self.problems)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,18 +89,6 @@ def collect() -> dict[str, Any]:
 
 
 # --- findings ---
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
-def _installed(module: str) -> bool:
-    """Whether a top-level module can be found, without importing it."""
-    return importlib.util.find_spec(module) is not None
 
 
 def _cpu() -> dict[str, Any]:
@@ -318,14 +299,16 @@ def _problems(core: dict[str, Any], threads: dict[str, Any], gpu: dict[str, Any]
 
 
 def _environments() -> dict[str, Environment]:
-    families: dict[str, tuple[str, Callable[[], Iterator[Problem]]]] = {
-        "matrix": ("one-step matrix games, built in", _matrix),
-        "smac": ("StarCraft Multi-Agent Challenge, the real game", _smac),
-        "smax": ("SMAC-like battles in JAX (JaxMARL)", _smax),
-        "pettingzoo": ("PettingZoo parallel environments, MPE (mpe2)", _pettingzoo),
-        "gym": ("Gymnasium-style multi-agent environments, such as level-based foraging", _gym),
+    families = {
+        "matrix": "one-step matrix games, built in",
+        "prey": "predator-prey, built in",
+        "group_matching": "REFIL's group matching, built in",
+        "smac": "StarCraft Multi-Agent Challenge, the real game",
+        "smax": "SMAC-like battles in JAX (JaxMARL)",
+        "pettingzoo": "PettingZoo parallel environments, such as MPE (mpe2)",
+        "gym": "Gymnasium-style multi-agent environments, such as level-based foraging",
     }
-    return {name: Environment(about, _has_adapter(name), list(check())) for name, (about, check) in families.items()}
+    return {name: Environment(about, _has_adapter(name), list(_lacks(name))) for name, about in families.items()}
 
 
 def _has_adapter(family: str) -> bool:
@@ -333,118 +316,11 @@ def _has_adapter(family: str) -> bool:
     return (folder / f"{family}.py").is_file() or (folder / family).is_dir()
 
 
-def _matrix() -> Iterator[Problem]:
+def _lacks(family: str) -> Iterator[Problem]:
     if not _installed("torch"):
         yield Problem("torch is not installed", "pip install torch")
-
-
-_SMAC_GIT = "git+https://github.com/oxwhirl/smac.git"
-_GAME_DOWNLOAD = (
-    "curl -LO https://blzdistsc2-a.akamaihd.net/Linux/SC2.4.10.zip && unzip -o -P iagreetotheeula SC2.4.10.zip"
-)
-_MAPS_DOWNLOAD = "curl -LO https://github.com/oxwhirl/smac/releases/download/v0.1-beta1/SMAC_Maps.zip"
-
-
-def _smac() -> Iterator[Problem]:
-    """What the adapter of oxwhirl/smac needs: the right package, a protobuf it can live with, the game and the maps."""
-    folder = _package_folder("smac")
-    if folder is None:
-        yield Problem(
-            "the package smac is not installed (not the one on PyPI, which is another project)",
-            f"pip install {_SMAC_GIT}",
-        )
-    elif not _is_starcraft_smac(folder):
-        installed = f"smac {_version('smac')}" if _version("smac") else "the smac"
-        yield Problem(
-            f"{installed} in {folder.parent} is another project (AutoML's optimiser): it has no StarCraft2Env",
-            f"pip uninstall -y smac && pip install {_SMAC_GIT}",
-        )
-    if not _installed("pysc2"):
-        yield Problem("the package pysc2 is not installed", "pip install pysc2 s2clientprotocol")
-    if _version("enum34") is not None:
-        yield Problem("enum34, which pysc2 asks for, breaks the standard library's enum", "pip uninstall -y enum34")
-    yield from _protobuf_clash()
-    yield from _starcraft()
-
-
-def _package_folder(module: str) -> Path | None:
-    spec = importlib.util.find_spec(module)
-    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
-
-
-def _is_starcraft_smac(folder: Path) -> bool:
-    return (folder / "env" / "starcraft2" / "starcraft2.py").is_file()
-
-
-def _protobuf_clash() -> Iterator[Problem]:
-    """Message classes generated long ago cannot be loaded by the compiled protobuf of today (4.21 and newer)."""
-    generated = _package_folder("s2clientprotocol")
-    protobuf = _version("protobuf")
-    if generated is None or protobuf is None or os.environ.get("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION") == "python":
-        return
-    try:
-        old_style = "_descriptor.FieldDescriptor(" in (generated / "sc2api_pb2.py").read_text(
-            encoding="utf-8", errors="replace"
-        )
-    except OSError:  # a package without that file is not the old one
-        return
-    if old_style and tuple(int(part) for part in protobuf.split(".")[:2]) >= (3, 21):
-        yield Problem(
-            f"protobuf {protobuf} cannot load the messages of s2clientprotocol {_version('s2clientprotocol')}"
-            " (TypeError: Descriptors cannot be created directly)",
-            "export PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION=python",
-        )
-
-
-def _starcraft() -> Iterator[Problem]:
-    home = Path(os.environ.get("SC2PATH") or "~/StarCraftII").expanduser()
-    named = "SC2PATH" if os.environ.get("SC2PATH") else "SC2PATH is not set and"
-    if not home.is_dir():
-        yield Problem(
-            f"StarCraft II is not installed: {named} {home} is no folder"
-            " (the password accepts Blizzard's AI and Machine Learning License)",
-            f"{_GAME_DOWNLOAD} -d ~ && export SC2PATH=~/StarCraftII",
-        )
-        return
-    binaries = sorted(home.glob("Versions/Base*/SC2_x64"))
-    if not binaries:
-        yield Problem(
-            f"no game binary Versions/Base*/SC2_x64 in {home}: an incomplete install",
-            f"{_GAME_DOWNLOAD} -d {home.parent}",
-        )
-    for binary in binaries:
-        if not os.access(binary, os.X_OK):
-            yield Problem(f"the game binary {binary} may not be executed", f"chmod +x {binary}")
-    if next((home / "Maps").glob("SMAC_Maps/*.SC2Map"), None) is None:
-        yield Problem(
-            f"the SMAC maps are not in {home / 'Maps' / 'SMAC_Maps'}",
-            f"{_MAPS_DOWNLOAD} && mkdir -p {home / 'Maps'} && unzip -o SMAC_Maps.zip -d {home / 'Maps'}",
-        )
-
-
-def _smax() -> Iterator[Problem]:
-    if sys.version_info < (3, 11):
-        yield Problem(
-            f"JaxMARL needs Python 3.11 or newer, this is {platform.python_version()}", "python3.11 -m venv .venv"
-        )
-    if not _installed("jaxmarl"):
-        yield Problem("the package jaxmarl is not installed", "pip install 'jaxmarl>=0.2.0'")
-
-
-def _pettingzoo() -> Iterator[Problem]:
-    if not _installed("pettingzoo"):
-        yield Problem("the package pettingzoo is not installed", "pip install 'pettingzoo>=1.27'")
-    if not _installed("mpe2"):
-        yield Problem(
-            "the package mpe2 (the MPE environments, which left pettingzoo) is not installed", "pip install mpe2"
-        )
-
-
-def _gym() -> Iterator[Problem]:
-    if not _installed("gymnasium"):
-        yield Problem("the package gymnasium is not installed", "pip install gymnasium")
-    if not _installed("lbforaging"):
-        yield Problem("the package lbforaging (level-based foraging) is not installed", "pip install lbforaging")
+    if family in CHECKS:
+        yield from CHECKS[family]()
 
 
 # --- text ---
@@ -466,7 +342,7 @@ def _text(findings: dict[str, Any], *, colour: bool) -> str:
         lines.extend(([""] if lines else []) + [paint(_BOLD, title)])
 
     def row(name: str, value: str, mark: str = "") -> None:
-        lines.append(f"  {name:<14}{paint(mark, value) if mark else value}")
+        lines.append(f"  {name:<15}{paint(mark, value) if mark else value}")
 
     def mend(problem: dict[str, str], indent: str) -> None:
         lines.append(f"{indent}- {problem['what']}")
@@ -517,12 +393,12 @@ def _text(findings: dict[str, Any], *, colour: bool) -> str:
         row(name, f"{paint(mark, f'{state:<9}')}{env['about']}")
         if not env["adapter"]:
             lines.append(
-                " " * 16
+                " " * 17
                 + "this version of fastmix has no adapter for it yet"
                 + ("; it will need:" if env["problems"] else "")
             )
         for problem in env["problems"]:
-            mend(problem, " " * 16)
+            mend(problem, " " * 17)
 
     if findings["variables"]:
         section("Environment variables")

@@ -80,3 +80,20 @@ class BatchedEnv(Protocol):
 
     def close(self) -> None:
         """Release processes and files."""
+
+
+@runtime_checkable
+class ExternalEnv(BatchedEnv, Protocol):
+    """A batched environment around somebody else's program, which has a version and may break down.
+
+    ``failed [E]`` bool: the episode of that copy is lost (its game crashed in the last step, or was running when the
+    run was stopped and cannot be restored). Nothing of it may be stored or counted; ``reset`` begins another one.
+    A finished copy stays as it is, and finished, until it is reset, whatever is stepped meanwhile.
+    ``failures`` counts the games that broke down so far. ``build`` names the program and its version, "" until known;
+    results of different builds may not be comparable. ``step`` and ``reset`` raise
+    ``fastmix.errors.EnvironmentFailed`` for a game that keeps failing.
+    """
+
+    failed: np.ndarray
+    failures: int
+    build: str

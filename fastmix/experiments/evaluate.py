@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from fastmix import envs
-from fastmix.envs import MatrixGame
+from fastmix.envs import ExternalEnv, MatrixGame
+from fastmix.envs.smac import SmacEnv
 from fastmix.experiments.matrix import learned_game
 from fastmix.experiments.tables import game_text, verdict
 from fastmix.train.evaluate import evaluate
@@ -24,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", choices=("latest", "best"), default="latest", help="(default: latest)")
     parser.add_argument("--episodes", type=int, default=32, metavar="N", help="(default: 32)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the environment (default: 0)")
+    parser.add_argument(
+        "--save-replays",
+        type=Path,
+        metavar="DIR",
+        help="also write the games' own recordings there (smac: one file a copy, for StarCraft II)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a run instead of text")
 
 
@@ -42,10 +49,17 @@ def _evaluate(folder: Path, args: argparse.Namespace) -> None:
     config, algo, t_env = load_run(folder, args.checkpoint)
     torch.set_num_threads(config.threads)
     env = envs.make(config.env, min(args.episodes, algo.config.batch_size_run), args.seed)
+    if args.save_replays is not None and not isinstance(env, SmacEnv):
+        env.close()
+        raise ValueError(f"--save-replays is given, and {config.env} has no replays to save")
     generator = torch.Generator(device=config.device).manual_seed(args.seed)
     stats = evaluate(algo, env, args.episodes, generator, device=config.device).summary("")
     record: dict[str, Any] = {"run": str(folder), "algo": config.algo, "env": config.env, "t_env": t_env}
     record |= {"checkpoint": args.checkpoint, "episodes": args.episodes, **stats}
+    if isinstance(env, ExternalEnv):
+        record["env_build"] = env.build
+    if isinstance(env, SmacEnv) and args.save_replays is not None:
+        record["replays"] = list(map(str, env.save_replays(args.save_replays / folder.name)))
     learned = learned_game(algo, env, config.device) if isinstance(env, MatrixGame) else None
     if learned is not None and isinstance(env, MatrixGame):
         record["game"] = learned.to_json(env.payoff)
@@ -58,6 +72,8 @@ def _evaluate(folder: Path, args: argparse.Namespace) -> None:
         f"{folder} ({args.checkpoint}, {t_env} steps): return {stats['return_mean']:.2f} "
         f"+- {stats['return_std']:.2f} over {args.episodes} greedy episodes of {stats['ep_length_mean']:.1f} steps{won}"
     )
+    for path in record.get("replays", []):
+        print(f"  written: {path}")
     if learned is not None and isinstance(env, MatrixGame):
         print(f"  {verdict(learned, env.payoff)}")
         print("\n".join("    " + line for line in game_text(learned, env.payoff).splitlines()))

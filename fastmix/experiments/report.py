@@ -77,7 +77,7 @@ def table(grouped: Grouped) -> list[str]:
                 values = f"{_estimate(s['last'])} | {s['last']['iqm']:.2f} | {_estimate(s['absolute'])}"
                 cost = f"{s['hours']:.2f} | {s['steps_per_s']:,.0f} | {s['replay_ratio']:.1f}"
                 lines.append(f"| `{env}` | `{algo}` | {s['seeds']} | {s['steps']:,} | {metric} | {values} | {cost} |")
-    return lines
+    return lines + _builds(grouped)
 
 
 def metrics_of(algorithms: Mapping[str, Sequence[RunCurve]]) -> list[str]:
@@ -89,6 +89,18 @@ def metrics_of(algorithms: Mapping[str, Sequence[RunCurve]]) -> list[str]:
 def slug(env: str) -> str:
     """An environment's name as that of a file."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", env).strip("-")
+
+
+def _builds(grouped: Grouped) -> list[str]:
+    """What the environments of others were, of finished runs; several of one are nothing to compare."""
+    lines = []
+    for env, algorithms in grouped.items():
+        runs = [run for seeds in algorithms.values() for run in seeds]
+        builds = sorted({run.result.get("env_build", "") for run in runs} - {""})
+        if builds:
+            warning = "; results of different builds are not comparable" if len(builds) > 1 else ""
+            lines += ["", f"`{env}`: {' and '.join(builds)}{warning}."]
+    return lines
 
 
 def _estimate(values: dict[str, Any] | None) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fastmix.errors import EnvironmentFailed
 from fastmix.experiments.matrix import report
 from fastmix.train.config import TrainConfig
 from fastmix.train.plan import Plan
@@ -49,7 +50,13 @@ class Sweep:
                 description=description,
             )
         except Interrupted as stopped:
-            raise Interrupted(f"{stopped}; go on with: fastmix {self.command} --resume {self.folder}") from None
+            raise Interrupted(f"{stopped}; {self._way_on}") from None
+        except EnvironmentFailed as failed:
+            raise EnvironmentFailed(f"{failed}; what was learnt is saved, {self._way_on}") from failed
+
+    @property
+    def _way_on(self) -> str:
+        return f"go on with: fastmix {self.command} --resume {self.folder}"
 
 
 def start(

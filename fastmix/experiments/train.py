@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     print_results(results)
     summary: dict[str, Any] = {"algo": config.algo, "env": config.env, "t_max": t_max, "seeds": results}
     written = [folder / "summary.json"]
-    env = envs.make(config.env, 1, 0)
+    env = envs.make(config.env, 1, 0) if config.env.startswith("matrix:") else None
     if isinstance(env, MatrixGame):
         summary["game"] = summarise_games(results, env.payoff)
         print()
@@ -69,10 +69,13 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
     """One line a seed: greedy return at the end, win rate where there is one, speed."""
     for result in results:
         won = f", win rate {result['test_win_rate']:.2f}" if "test_win_rate" in result else ""
+        build = f" [{result['env_build']}]" if result.get("env_build") else ""
+        if result.get("failed_games"):
+            build += f"; {result['failed_games']} games broke down, and their episodes were dropped"
         rate = result["t_env"] / max(result["wall_s"], 1e-9)
         print(
             f"  seed {result['seed']}: greedy return {result['test_return_mean']:.2f}{won} after {result['t_env']} "
-            f"steps and {result['updates']} updates in {result['wall_s']:.1f} s ({rate:.0f} steps/s)"
+            f"steps and {result['updates']} updates in {result['wall_s']:.1f} s ({rate:.0f} steps/s){build}"
         )
 
 

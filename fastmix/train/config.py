@@ -30,7 +30,8 @@ class TrainConfig:
     algo: str = option("qmix", "algorithm, a name of fastmix.algorithms.REGISTRY")
     env: str = option(
         "matrix:resq1",
-        "environment: matrix:resq1 (resq2, stochastic, @file.json), prey:p-2 (p-1.5, wqmix, pymarl2, ...)",
+        "environment: matrix:resq1 (resq2, stochastic, @file.json), prey:p-2 (p-1.5, wqmix, pymarl2, ...), smac:3m, "
+        "smax:3m, pettingzoo:mpe2.simple_spread_v3, gym:lbforaging:Foraging-8x8-2p-2f-coop-v3",
     )
     preset: str = option("pymarl2", "set of hyper-parameters the algorithm starts from: pymarl or pymarl2")
     seed: int = option(0, "decides everything random; with --seeds N the runs use seed, seed+1, ...")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from fastmix.algorithms import Algorithm
-from fastmix.envs import BatchedEnv
+from fastmix.envs import BatchedEnv, ExternalEnv
 from fastmix.train.rollout import EpisodeStats, Player
 
 
@@ -21,21 +21,25 @@ def evaluate(
 ) -> EpisodeStats:
     """Play ``n_episodes`` greedy episodes (epsilon 0) from fresh starts.
 
-    Each copy plays its share, decided beforehand: taking the first ``n_episodes`` to finish would favour short ones.
-    Raises ``ValueError`` for ``n_episodes`` below 1.
+    Each copy plays its share, decided beforehand: taking the first ``n_episodes`` to finish would favour short ones. An
+    episode whose game breaks down is played again. Raises ``ValueError`` for ``n_episodes`` below 1.
     """
     if n_episodes < 1:
         raise ValueError(f"n_episodes is {n_episodes}; it must be at least 1")
     share = n_episodes // env.n_envs + (np.arange(env.n_envs) < n_episodes % env.n_envs)
+    still = isinstance(env, ExternalEnv)  # nothing is played that does not count
     player = Player(env, algo, device)
     env.reset()
     stats = EpisodeStats()
     while share.any():
         player.play(0.0, generator)
-        finished = player.finished()
+        failed, finished = player.failed(), player.finished()
+        if len(failed):
+            stats.failed += len(failed)
+            player.restart(failed)
         if len(finished):
             counted = finished[share[finished] > 0]
             stats.add(player, counted)
             share[counted] -= 1
-            player.restart(finished)
+            player.restart(finished[share[finished] > 0] if still else finished)
     return stats

@@ -32,6 +32,8 @@ class Player:
         self.returns = np.zeros(n_envs, dtype=np.float64)
         # On the CPU these are views of the environment's own arrays: never copied, always current.
         self._obs, self._avail = torch.as_tensor(env.obs), torch.as_tensor(env.avail)
+        # Of an ExternalEnv, or of a wrapper around one.
+        self._failed: np.ndarray = getattr(env, "failed", np.zeros(n_envs, dtype=bool))
 
     def play(self, epsilon: float, generator: torch.Generator) -> np.ndarray:
         """Choose and take one joint action in every copy; returns the actions ``[E,A]`` int64.
@@ -51,11 +53,15 @@ class Player:
         self.returns += self.env.reward
         return actions
 
+    def failed(self) -> np.ndarray:
+        """The copies ``[n]`` whose episode is lost: to be restarted, and otherwise forgotten."""
+        return np.flatnonzero(self._failed)
+
     def finished(self) -> np.ndarray:
         """The copies ``[n]`` whose episode just ended. Raises ``RuntimeError`` where an environment breaks its word."""
         env, limit = self.env, self.env.info.episode_limit
-        done = env.terminated | env.truncated
-        if (self.steps[~done] >= limit).any():
+        done = (env.terminated | env.truncated) & ~self._failed
+        if (self.steps[~done & ~self._failed] >= limit).any():
             raise RuntimeError(f"the environment runs on after {limit} steps, its episode_limit")
         finished = np.flatnonzero(done)
         early = env.truncated[finished] & (self.steps[finished] < limit)
@@ -86,11 +92,15 @@ class Player:
 
 @dataclass
 class EpisodeStats:
-    """What finished episodes amounted to; ``won`` is ``None`` until an environment reports victories."""
+    """What finished episodes amounted to; ``won`` is ``None`` until an environment reports victories.
+
+    ``failed`` counts the episodes that were dropped because their game broke down; they are in nothing else.
+    """
 
     returns: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     won: list[bool] | None = None
+    failed: int = 0
 
     def add(self, player: Player, finished: np.ndarray) -> None:
         """Count the episodes that just ended in the copies ``finished [n]``."""
@@ -101,9 +111,10 @@ class EpisodeStats:
 
     def summary(self, prefix: str) -> dict[str, float]:
         """``{prefix}return_mean`` and its relatives; nothing when no episode finished."""
+        failed = {f"{prefix}failed_episodes": float(self.failed)} if self.failed else {}
         if not self.returns:
-            return {}
-        values = {
+            return failed
+        values = failed | {
             f"{prefix}return_mean": float(np.mean(self.returns)),
             f"{prefix}return_std": float(np.std(self.returns)),
             f"{prefix}ep_length_mean": float(np.mean(self.lengths)),
@@ -157,13 +168,15 @@ class Rollout:
             stored = env.terminated & ~env.truncated if self.stored_termination == "pymarl" else env.terminated
             replay.write_transitions(at, actions, env.reward, stored)
             self._write_observations()
-            finished = player.finished()
+            finished, failed = player.finished(), player.failed()
             if len(finished):
                 replay.commit(finished, player.steps[finished])
                 self.stats.add(player, finished)
-                player.restart(finished)
-                self._write_observations()
+                self._restart(finished)
                 self.surplus += len(finished)
+            if len(failed):
+                self.stats.failed += len(failed)
+                self._restart(failed)
         self.surplus -= n_episodes
         return taken
 
@@ -196,6 +209,13 @@ class Rollout:
         player.returns[:] = np.asarray(state["returns"])
         self.surplus = int(state["surplus"])
         self.generator.set_state(state["generator"])
+        lost = player.failed()
+        if len(lost):  # games that cannot be taken up where they were
+            self._restart(lost)
+
+    def _restart(self, copies: np.ndarray) -> None:
+        self.player.restart(copies)
+        self._write_observations()
 
     def _write_observations(self) -> None:
         env = self.player.env

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from fastmix import algorithms, envs
 from fastmix.algorithms import Algorithm
-from fastmix.envs import EnvInfo
+from fastmix.envs import BatchedEnv, EnvInfo, ExternalEnv
+from fastmix.errors import EnvironmentFailed
 from fastmix.train import checkpoint
 from fastmix.train.config import TrainConfig
 from fastmix.train.evaluate import evaluate
@@ -123,8 +124,9 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to ``t_max`` and return what came of it (also for a run that had already ended).
 
-        Raises ``Interrupted`` after SIGINT or SIGTERM, once the round is done and checkpointed, and
-        ``FloatingPointError`` when the loss is no longer finite.
+        Raises ``Interrupted`` after SIGINT or SIGTERM, once the round is done and checkpointed, ``EnvironmentFailed``,
+        checkpointed too, when the games keep breaking down, and ``FloatingPointError`` when the loss is no longer
+        finite.
         """
         config, counters = self.config, self.counters
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -153,6 +155,9 @@ class Trainer:
                     self._evaluate(logger)
                 if counters.last_checkpoint != counters.t_env:
                     self._checkpoint(logger)
+            except EnvironmentFailed:
+                self._checkpoint(logger)
+                raise
             finally:
                 logger.close()
         absolute = self._absolute_metric()
@@ -164,6 +169,7 @@ class Trainer:
             "wall_s": round(counters.wall_s, 3),
             "best_return": counters.best_return,
             **self._test,
+            **_origin(self.rollout.player.env, self.test_env),
             "absolute": absolute,
         }
 
@@ -267,6 +273,8 @@ class Trainer:
         algo.load_state_dict(best["algo"])
         n_episodes = ABSOLUTE_FACTOR * self.plan.test_nepisode
         generator = _generator(self.device, seeds["absolute_explore"])
+        if isinstance(self.test_env, ExternalEnv):
+            self.close()  # games may be large, and those of the run are over
         env = envs.make(self.config.env, self.test_env.n_envs, seeds["absolute_env"])
         try:
             stats = evaluate(algo, env, n_episodes, generator, device=self.device)
@@ -380,6 +388,15 @@ def load_run(folder: Path, which: str = "latest") -> tuple[TrainConfig, Algorith
         t_env = int(checkpoint.load(path, only="counters")["counters"]["t_env"])
     algo.load_state_dict(checkpoint.load(path, only="algo")["algo"])
     return config, algo, t_env
+
+
+def _origin(*same: BatchedEnv) -> dict[str, Any]:
+    """What else a result must say where the environment is somebody else's: its build, and what was dropped."""
+    external = [env for env in same if isinstance(env, ExternalEnv)]
+    if not external:
+        return {}
+    builds = sorted({env.build for env in external} - {""})
+    return {"env_build": ", ".join(builds), "failed_games": sum(env.failures for env in external)}
 
 
 def _check_folder(folder: Path, description: dict[str, Any]) -> None:

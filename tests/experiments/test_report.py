@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from fastmix.cli import main
 from fastmix.experiments.curves import RunCurve, band, find_runs, group, marl_eval, summarise
+from fastmix.experiments.report import table
 from fastmix.experiments.stats import bootstrap_interval, interquartile_mean
 
 
@@ -57,6 +59,14 @@ def test_summary_separates_the_last_evaluation_from_the_best_networks() -> None:
     assert (summary["last"]["mean"], summary["absolute"]["mean"], summary["absolute"]["seeds"]) == (15.0, 30.0, [30.0])
     assert (summary["hours"], summary["replay_ratio"]) == (pytest.approx(2.0), 20.0)
     assert summary["steps_per_s"] == pytest.approx(2000 / 7200)
+
+
+def test_builds_of_an_environment_are_told_and_not_mixed_silently() -> None:
+    runs = [replace(curve(seed, [0.0], [0]), result={"env_build": f"game {seed}"}) for seed in (1, 2)]
+    assert "`smac:3m`: game 1." in table({"smac:3m": {"qmix": runs[:1]}})
+    mixed = table({"smac:3m": {"qmix": runs[:1], "vdn": runs[1:]}, "prey:p-2": {"qmix": [curve(0, [0.0], [0])]}})
+    assert "`smac:3m`: game 1 and game 2; results of different builds are not comparable." in mixed
+    assert not any(line.startswith("`prey") for line in mixed)
 
 
 def test_marl_eval_has_the_published_layout() -> None:

@@ -1,0 +1,2 @@
+class ConnectError(Exception):
+    pass
