@@ -8,6 +8,7 @@ namespace py = pybind11;
 namespace fastmix::bindings {
 void register_monotonic(py::module_& m);
 void register_optimise(py::module_& m);
+void register_prey(py::module_& m);
 void register_recurrent(py::module_& m);
 void register_returns(py::module_& m);
 void register_select(py::module_& m);
@@ -33,6 +34,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("isa", &fastmix::isa_name, "Instruction set in use: 'avx512', 'avx2' or 'baseline'.");
   fastmix::bindings::register_monotonic(m);
   fastmix::bindings::register_optimise(m);
+  fastmix::bindings::register_prey(m);
   fastmix::bindings::register_recurrent(m);
   fastmix::bindings::register_returns(m);
   fastmix::bindings::register_select(m);
