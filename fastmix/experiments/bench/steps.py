@@ -373,7 +373,8 @@ def _public_form(ours: Algorithm) -> tuple[Any, dict[str, Any]]:
 
 def _public_network(network: nn.Module, config: AlgorithmConfig, scheme: Scheme) -> nn.Module:
     """The public form of one of our networks, on its device."""
-    form, quantile = baselines.load("networks"), baselines.load("distributional")
+    form, mixing = baselines.load("networks"), baselines.load("mixers")
+    quantile = baselines.load("distributional")
     agents, actions, states = scheme.n_agents, scheme.n_actions, scheme.state_dim
     built: nn.Module
     match network:
@@ -405,15 +406,15 @@ def _public_network(network: nn.Module, config: AlgorithmConfig, scheme: Scheme)
             layers = 2 if isinstance(network, mixers.NMixer) else config.hypernet_layers
             built = form.QMixer(agents, states, config.mixing_embed_dim, layers, config.hypernet_embed)
         case mixers.DMAQer():
-            built = form.DuplexMixer(
+            built = mixing.DuplexMixer(
                 agents, actions, states, config.hypernet_embed, config.num_kernel, config.adv_hypernet_layers,
                 config.adv_hypernet_embed, network.weighted_head, network.is_minus_one,
             )  # fmt: skip
         case mixers.QMixerCentralFF():
-            built = form.CentralMixer(agents, states, config.central_mixing_embed_dim)
+            built = mixing.CentralMixer(agents, states, config.central_mixing_embed_dim)
         case mixers.Recogniser():
             sizes = config.recogniser_embed_dim, config.recogniser_hypernet_embed
-            built = form.Recogniser(agents, actions, states, *sizes)
+            built = mixing.Recogniser(agents, actions, states, *sizes)
         case _:
             setting = f" with qmix_pos_func = {config.qmix_pos_func!r}" if hasattr(network, "positivity") else ""
             raise ValueError(f"no baseline is written for {type(network).__name__}{setting}; try another preset")
