@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .learner import PublicBatch, PublicLearner
+from .networks import CellAgent
 
 
 class SingleEnv(Protocol):
@@ -54,7 +55,10 @@ class PublicTraining:
         self._agent: Any = learner.networks["agent"]
         self.batch_size, self.batch_size_run, self.buffer_size = batch_size, batch_size_run, buffer_size
         agents, actions, obs, state, limit = sizes
-        self._n_actions, self._limit = actions, limit
+        self._limit = limit
+        agent = learner.networks["agent"]
+        assert isinstance(agent, CellAgent)
+        self._agent = agent
         self._shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "obs": ((agents, obs), torch.float32), "state": ((state,), torch.float32),
             "actions": ((agents, 1), torch.int64), "onehot": ((agents, actions), torch.float32),
