@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .learner import PublicBatch, PublicLearner
+from .networks import CellAgent
 
 
 class SingleEnv(Protocol):
@@ -53,7 +54,10 @@ class PublicTraining:
         self.env, self.learner, self.epsilon, self.test_nepisode = env, learner, epsilon, test_nepisode
         self.batch_size, self.batch_size_run, self.buffer_size = batch_size, batch_size_run, buffer_size
         agents, actions, obs, state, limit = sizes
-        self._n_actions, self._limit = actions, limit
+        self._limit = limit
+        agent = learner.networks["agent"]
+        assert isinstance(agent, CellAgent)
+        self._agent = agent
         self._shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "obs": ((agents, obs), torch.float32), "state": ((state,), torch.float32),
             "actions": ((agents, 1), torch.int64), "onehot": ((agents, actions), torch.float32),
@@ -85,7 +89,7 @@ class PublicTraining:
         episode = self._allocate(1)
         self.env.reset()
         agents = episode["obs"].shape[2]
-        hidden = torch.zeros(agents, self.learner.agent.hidden_dim)
+        hidden = torch.zeros(agents, self._agent.hidden_dim)
         t, over = 0, False
         with torch.no_grad():
             while True:
@@ -117,7 +121,7 @@ class PublicTraining:
         last = torch.zeros_like(raw["onehot"])
         last[:, 1:] = raw["onehot"][:, :-1]
         return PublicBatch(
-            raw["obs"], raw["state"], raw["actions"], last, raw["avail"], raw["reward"][:, :-1],
+            raw["obs"], raw["state"], raw["actions"], raw["onehot"], last, raw["avail"], raw["reward"][:, :-1],
             raw["terminated"][:, :-1], mask,
         )  # fmt: skip
 
@@ -146,7 +150,7 @@ class PublicTraining:
             inputs.append(episode["onehot"][0, t - 1] if t > 0 else torch.zeros_like(episode["onehot"][0, 0]))
         if config.obs_agent_id:
             inputs.append(torch.eye(len(obs)))
-        q, hidden = self.learner.agent(torch.cat(inputs, dim=1), hidden)
+        q, hidden = self._agent(torch.cat(inputs, dim=1), hidden)
         q[avail == 0] = -float("inf")
         explore = (torch.rand(len(obs)) < epsilon).long()
         chance = torch.distributions.Categorical(avail.float()).sample().long()
