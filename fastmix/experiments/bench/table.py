@@ -96,6 +96,11 @@ def _steps(compiled: bool) -> list[Planned]:
         Planned(partial(steps.step, "qmix", shape, against=against), {"eager": 2.3 if shape == "MMM2" else 3.0})
         for shape in ("3m", "5m_vs_6m", "prey", "MMM2", "matrix")
     ]
+    plan += [
+        Planned(partial(steps.step, algo, shape, against=("eager",), preset="paper"), {"eager": 3.0})
+        for algo in ("dmix", "resz")
+        for shape in ("3m", "5m_vs_6m", "MMM2")
+    ]
     return plan + [
         Planned(partial(steps.step, algo, shape, against=("eager",)), {"eager": goal})
         for algo, goal in (("qplex", 3.0), ("cw_qmix", 3.0), ("powqmix", 3.0), ("resq", 4.0))
