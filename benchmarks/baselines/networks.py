@@ -76,3 +76,85 @@ class QMixer(nn.Module):
         w_final = torch.abs(self.hyper_w_final(states)).view(-1, self.embed_dim, 1)
         q_tot = torch.bmm(hidden, w_final) + self.V(states).view(-1, 1, 1)
         return q_tot.view(episodes, -1, 1)
+
+
+def _two_layers(n_inputs: int, width: int, n_outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(n_inputs, width), nn.ReLU(), nn.Linear(width, n_outputs))
+
+
+class Qatten(nn.Module):
+    """Qatten (Yang et al. 2020): a query and a key network a head, heads one after another, weighted heads, ``c(s)``."""
+
+    def __init__(
+        self, n_agents: int, state_dim: int, own_size: int, heads: int = 4, embed_dim: int = 32, hidden_dim: int = 64
+    ) -> None:
+        super().__init__()
+        self.n_agents, self.own_size, self.embed_dim = n_agents, own_size, embed_dim
+        self.query_embedding_layers = nn.ModuleList(
+            _two_layers(state_dim, hidden_dim, embed_dim) for _ in range(heads)
+        )
+        self.key_embedding_layers = nn.ModuleList(nn.Linear(own_size, embed_dim) for _ in range(heads))
+        self.head_embedding_layer = _two_layers(state_dim, hidden_dim, heads)
+        self.constrant_value_layer = _two_layers(state_dim, embed_dim, 1)
+
+    def forward(self, agent_qs: Tensor, states: Tensor) -> Tensor:
+        """``[B, T, A]``, ``[B, T, S]`` -> ``[B, T, 1]``."""
+        episodes = agent_qs.shape[0]
+        states = states.reshape(-1, states.shape[-1])
+        own = states[:, : self.n_agents * self.own_size].reshape(-1, self.n_agents, self.own_size).detach()
+        agent_qs = agent_qs.reshape(-1, 1, self.n_agents)
+        head_qs = []
+        for query, key in zip(self.query_embedding_layers, self.key_embedding_layers, strict=True):
+            energy = torch.bmm(query(states).unsqueeze(1), key(own).permute(0, 2, 1))
+            weights = F.softmax(energy / self.embed_dim**0.5, dim=-1)
+            head_qs.append((agent_qs * weights).sum(dim=-1))
+        stacked = torch.stack(head_qs, dim=1).squeeze(-1)
+        mixed = (torch.abs(self.head_embedding_layer(states)) * stacked).sum(dim=-1, keepdim=True)
+        return (mixed + self.constrant_value_layer(states)).view(episodes, -1, 1)
+
+
+class CentralMixer(nn.Module):
+    """WQMIX's unrestricted mixer (Rashid et al. 2020): three hidden layers over state and utilities, ``V(s)``."""
+
+    def __init__(self, n_agents: int, state_dim: int, embed_dim: int = 256) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(state_dim + n_agents, embed_dim), nn.ReLU(),
+            nn.Linear(embed_dim, embed_dim), nn.ReLU(),
+            nn.Linear(embed_dim, embed_dim), nn.ReLU(),
+            nn.Linear(embed_dim, 1),
+        )  # fmt: skip
+        self.V = _two_layers(state_dim, embed_dim, 1)
+
+    def forward(self, agent_qs: Tensor, states: Tensor) -> Tensor:
+        """``[B, T, A]``, ``[B, T, S]`` -> ``[B, T, 1]``."""
+        episodes = agent_qs.shape[0]
+        states = states.reshape(-1, states.shape[-1])
+        agent_qs = agent_qs.reshape(-1, agent_qs.shape[-1])
+        return (self.net(torch.cat([states, agent_qs], dim=1)) + self.V(states)).view(episodes, -1, 1)
+
+
+class Recogniser(nn.Module):
+    """POWQMIX's recogniser: hypernetworks over state and joint one-hot, ``abs``, a batched product, ``V(s)``."""
+
+    def __init__(
+        self, n_agents: int, n_actions: int, state_dim: int, embed_dim: int = 32, hypernet_embed: int = 64
+    ) -> None:
+        super().__init__()
+        self.n_agents, self.n_actions, self.embed_dim = n_agents, n_actions, embed_dim
+        inputs = state_dim + n_agents * n_actions
+        self.hyper_w1 = _two_layers(inputs, hypernet_embed, n_agents * embed_dim)
+        self.hyper_w2 = _two_layers(inputs, hypernet_embed, embed_dim)
+        self.V = _two_layers(state_dim, embed_dim, 1)
+
+    def forward(self, advantages: Tensor, states: Tensor, actions: Tensor) -> Tensor:
+        """``[B, T, A]``, ``[B, T, S]``, ``[B, T, A]`` int64 -> ``[B, T, 1]``."""
+        episodes = states.shape[0]
+        states = states.reshape(-1, states.shape[-1])
+        one_hot = F.one_hot(actions.reshape(-1, self.n_agents), self.n_actions).to(states.dtype)
+        inputs = torch.cat([states, one_hot.flatten(1)], dim=1)
+        w1 = torch.abs(self.hyper_w1(inputs)).view(-1, self.n_agents, self.embed_dim)
+        w2 = torch.abs(self.hyper_w2(inputs)).view(-1, self.embed_dim, 1)
+        weights = torch.bmm(w1, w2).squeeze(-1)
+        summed = (weights * advantages.reshape(-1, self.n_agents)).sum(dim=1, keepdim=True)
+        return (summed + self.V(states)).view(episodes, -1, 1)

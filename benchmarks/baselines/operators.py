@@ -109,6 +109,30 @@ def monotonic_products(
     return _products(pairs)
 
 
+def network_products(
+    rows: int,
+    first: list[tuple[int, int]],
+    later: list[tuple[int, int]],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Callable[[], None]:
+    """The products of small networks forward and backward one after another, into kept buffers.
+
+    Layers are (inputs, outputs). Those of ``first`` read what needs no gradient; those with the same inputs should come
+    merged. What lies between the products is left out.
+    """
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device)
+
+    pairs = []
+    for layers, inner in ((first, False), (later, True)):
+        for inputs, outputs in layers:
+            x, dz, weight = new(rows, inputs), new(rows, outputs), new(outputs, inputs)
+            pairs += [(x, weight.t()), (dz.t(), x), *([(dz, weight)] if inner else [])]
+    return _products(pairs)
+
+
 def recurrent_products(
     rows: int,
     steps: int,

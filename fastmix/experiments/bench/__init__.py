@@ -19,7 +19,8 @@ import torch
 
 from fastmix.testing.shapes import SHAPES
 
-OPS = ("monotonic", "recurrent", "returns", "select", "td_loss")
+JOINT = ("attention", "recognise", "unrestricted")
+OPS = ("monotonic", *JOINT, "recurrent", "returns", "select", "td_loss")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 BASELINES = ("eager", "compile", "autotune", "whole")
@@ -249,7 +250,7 @@ def _setting(args: argparse.Namespace) -> Any:
 
 
 def _planned_ops(args: argparse.Namespace) -> Iterator[Any]:
-    from fastmix.experiments.bench import cases
+    from fastmix.experiments.bench import cases, joint
     from fastmix.experiments.bench.report import Planned
 
     shapes, setting, train = args.shape or list(SHAPES), _setting(args), not args.forward
@@ -257,9 +258,10 @@ def _planned_ops(args: argparse.Namespace) -> Iterator[Any]:
     for op in args.op or OPS:
         for shape in shapes:
             sizes = SHAPES[shape]
-            if op == "monotonic":
+            if op == "monotonic" or op in JOINT:
+                build = getattr(joint if op in JOINT else cases, op)
                 for rows in args.rows or (1_920, 15_360):
-                    yield Planned(partial(cases.monotonic, shape, rows, train, setting, compiled))
+                    yield Planned(partial(build, shape, rows, train, setting, compiled))
             elif op == "recurrent" and args.acting:
                 for rows in args.rows or (3, 8, 27, 64, 128, 512):
                     yield Planned(partial(cases.acting, shape, rows, setting))
