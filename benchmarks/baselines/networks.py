@@ -90,9 +90,7 @@ class Qatten(nn.Module):
     ) -> None:
         super().__init__()
         self.n_agents, self.own_size, self.embed_dim = n_agents, own_size, embed_dim
-        self.query_embedding_layers = nn.ModuleList(
-            _two_layers(state_dim, hidden_dim, embed_dim) for _ in range(heads)
-        )
+        self.query_embedding_layers = nn.ModuleList(_two_layers(state_dim, hidden_dim, embed_dim) for _ in range(heads))
         self.key_embedding_layers = nn.ModuleList(nn.Linear(own_size, embed_dim) for _ in range(heads))
         self.head_embedding_layer = _two_layers(state_dim, hidden_dim, heads)
         self.constrant_value_layer = _two_layers(state_dim, embed_dim, 1)

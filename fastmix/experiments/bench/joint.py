@@ -112,9 +112,7 @@ def recognise(
     actions = torch.randint(sizes.n_actions, (rows, 1, sizes.n_agents), device=setting.device)
     greedy = setting.new(rows, 1, sizes.n_agents) * 0
 
-    def ours(
-        advantages: Tensor, states: Tensor, actions: Tensor, module: Any, backend: str | None = None
-    ) -> Tensor:
+    def ours(advantages: Tensor, states: Tensor, actions: Tensor, module: Any, backend: str | None = None) -> Tensor:
         params = RecogniserParams(_layers(module.hyper_w1), _layers(module.hyper_w2), _layers(module.V))
         return ops.recognise(advantages, greedy.to(states.dtype), states, actions, params, backend=backend).q_r
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastmix import backends
 from fastmix.ops import _checks
 from fastmix.ops._layers import Layers, Linear, action_width, check_layers
-from fastmix.ops.duplex import reference
+from fastmix.ops.duplex import recogniser, reference
 from fastmix.ops.duplex.types import (
     PARTS,
     DuplexOutput,
@@ -186,9 +186,13 @@ def recognise(
     check_layers("params.w1", params.w1, states, S + A * n_actions, A * params.w2[-1].weight.shape[0])
     check_layers("params.v", params.v, states, S, 1)
 
-    backends.resolve("recognise", agent_qs, backend)
-    flat = reference.recognise(_rows(agent_qs), _rows(max_qs), _rows(states), _rows(actions), params)
-    return Recognition._make(value.reshape(*agent_qs.shape[:-1], 1) for value in flat)
+    leading = agent_qs.shape[:-1]
+    chosen = backends.resolve("recognise", agent_qs, backend)
+    if chosen != "native" or len(leading) not in (1, 2):
+        agent_qs, max_qs, states, actions = _rows(agent_qs), _rows(max_qs), _rows(states), _rows(actions)
+    run = recogniser.recognise if chosen == "native" else reference.recognise
+    out = run(agent_qs, max_qs, states, actions, params)
+    return out if states.shape[:-1] == leading else Recognition._make(value.reshape(*leading, 1) for value in out)
 
 
 def _rows(tensor: Tensor) -> Tensor:

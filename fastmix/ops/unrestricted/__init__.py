@@ -8,7 +8,7 @@ from torch import Tensor
 from fastmix import backends
 from fastmix.ops import _checks
 from fastmix.ops._layers import Layers, Linear, action_width, check_layers
-from fastmix.ops.unrestricted import reference
+from fastmix.ops.unrestricted import native, reference
 from fastmix.ops.unrestricted.types import UnrestrictedParams
 
 __all__ = ["Layers", "Linear", "UnrestrictedParams", "unrestricted"]
@@ -57,16 +57,16 @@ def unrestricted(
     n_actions = _check_shapes(features, states, params, actions)
 
     leading = states.shape[:-1]
-    rows = leading.numel()
-    backends.resolve("unrestricted", states, backend)
-    joint = reference.unrestricted(
-        None if features is None else features.reshape(rows, features.shape[-1]),
-        states.reshape(rows, states.shape[-1]),
-        None if actions is None else actions.reshape(rows, actions.shape[-1]),
-        params,
-        n_actions,
-    )
-    return joint.reshape(*leading, joint.shape[-1])
+    chosen = backends.resolve("unrestricted", states, backend)
+    if chosen != "native" or len(leading) not in (1, 2):
+        rows = leading.numel()
+        features, states, actions = (
+            None if tensor is None else tensor.reshape(rows, tensor.shape[-1]) for tensor in (features, states, actions)
+        )
+        assert states is not None
+    run = native.unrestricted if chosen == "native" else reference.unrestricted
+    joint = run(features, states, actions, params, n_actions)
+    return joint if states.shape[:-1] == leading else joint.reshape(*leading, joint.shape[-1])
 
 
 def _check_types(features: Tensor | None, states: Tensor, params: UnrestrictedParams) -> None:
