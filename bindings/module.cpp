@@ -6,6 +6,7 @@
 namespace py = pybind11;
 
 namespace fastmix::bindings {
+void register_duplex(py::module_& m);
 void register_monotonic(py::module_& m);
 void register_optimise(py::module_& m);
 void register_recurrent(py::module_& m);
@@ -31,6 +32,7 @@ PYBIND11_MODULE(_core, m) {
       false;
 #endif
   m.def("isa", &fastmix::isa_name, "Instruction set in use: 'avx512', 'avx2' or 'baseline'.");
+  fastmix::bindings::register_duplex(m);
   fastmix::bindings::register_monotonic(m);
   fastmix::bindings::register_optimise(m);
   fastmix::bindings::register_recurrent(m);

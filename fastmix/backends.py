@@ -29,11 +29,12 @@ TABLE: Final[dict[str, dict[str, tuple[str, ...]]]] = {
         op: {"cpu": ("native", "reference"), "cuda": ("native", "reference")}
         for op in ("select", "returns", "td_loss", "optimise")
     },
+    **{op: {"cpu": ("native", "reference")} for op in ("duplex", "importance")},
     # On the CPU Triton only interprets, for tests, and "cudnn" is PyTorch's own GRU; neither is ever chosen there.
     "monotonic": {"cpu": ("native", "reference", "triton"), "cuda": ("native", "triton", "reference")},
     "recurrent": {"cpu": ("native", "reference", "cudnn"), "cuda": ("native", "cudnn", "reference")},
     # So far plain PyTorch everywhere.
-    **{op: {} for op in ("attention", "duplex", "importance", "recognise", "unrestricted")},
+    **{op: {} for op in ("attention", "recognise", "unrestricted")},
 }
 
 NATIVE_DTYPES: Final = (torch.float32, torch.float64)
