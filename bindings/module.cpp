@@ -7,6 +7,7 @@ namespace py = pybind11;
 
 namespace fastmix::bindings {
 void register_attention(py::module_& m);
+void register_duplex(py::module_& m);
 void register_monotonic(py::module_& m);
 void register_optimise(py::module_& m);
 void register_recognise(py::module_& m);
@@ -35,6 +36,7 @@ PYBIND11_MODULE(_core, m) {
 #endif
   m.def("isa", &fastmix::isa_name, "Instruction set in use: 'avx512', 'avx2' or 'baseline'.");
   fastmix::bindings::register_attention(m);
+  fastmix::bindings::register_duplex(m);
   fastmix::bindings::register_monotonic(m);
   fastmix::bindings::register_optimise(m);
   fastmix::bindings::register_recognise(m);
