@@ -33,7 +33,10 @@ TABLE: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     # On the CPU Triton only interprets, for tests, and "cudnn" is PyTorch's own GRU; neither is ever chosen there.
     "monotonic": {"cpu": ("native", "reference", "triton"), "cuda": ("native", "triton", "reference")},
     "recurrent": {"cpu": ("native", "reference", "cudnn"), "cuda": ("native", "cudnn", "reference")},
-    **{op: {"cpu": ("native", "reference")} for op in ("attention", "recognise", "unrestricted")},
+    **{
+        op: {"cpu": ("native", "reference", "triton"), "cuda": ("triton", "reference")}
+        for op in ("attention", "recognise", "unrestricted")
+    },
 }
 
 NATIVE_DTYPES: Final = (torch.float32, torch.float64)

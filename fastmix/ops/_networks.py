@@ -85,6 +85,5 @@ def present(
     """Gradients as autograd takes them: None for networks whose are not wanted, and for absent biases."""
     per_param = [want for want, depth in zip(wants, depths, strict=True) for _ in range(2 * depth)]
     return [
-        grad if want and param.numel() > 0 else None
-        for want, grad, param in zip(per_param, grads, params, strict=True)
+        grad if want and param.numel() > 0 else None for want, grad, param in zip(per_param, grads, params, strict=True)
     ]

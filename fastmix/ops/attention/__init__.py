@@ -78,7 +78,13 @@ def attention(
     chosen = backends.resolve("attention", agent_qs, backend)
     if chosen != "native" or len(leading) not in (1, 2):
         agent_qs, states = agent_qs.reshape(rows, n_agents), states.reshape(rows, states.shape[-1])
-    run = native.attention if chosen == "native" else reference.attention
+    run = reference.attention
+    if chosen == "native":
+        run = native.attention
+    elif chosen == "triton":
+        from fastmix.ops.attention import triton  # here, as it imports Triton
+
+        run = triton.attention
     out = run(agent_qs, states, params, own_size, own_grad, alive, softmax, return_weights, return_statistics)
     if agent_qs.shape[:-1] == leading:
         return out

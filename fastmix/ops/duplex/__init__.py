@@ -8,7 +8,7 @@ from torch import Tensor
 from fastmix import backends
 from fastmix.ops import _checks
 from fastmix.ops._layers import Layers, Linear, action_width, check_layers
-from fastmix.ops.duplex import native, recogniser, reference
+from fastmix.ops.duplex import native, recogniser_native, reference
 from fastmix.ops.duplex.types import (
     PARTS,
     DuplexOutput,
@@ -195,7 +195,13 @@ def recognise(
     chosen = backends.resolve("recognise", agent_qs, backend)
     if chosen != "native" or len(leading) not in (1, 2):
         agent_qs, max_qs, states, actions = _rows(agent_qs), _rows(max_qs), _rows(states), _rows(actions)
-    run = recogniser.recognise if chosen == "native" else reference.recognise
+    run = reference.recognise
+    if chosen == "native":
+        run = recogniser_native.recognise
+    elif chosen == "triton":
+        from fastmix.ops.duplex import recogniser_triton  # here, as it imports Triton
+
+        run = recogniser_triton.recognise
     out = run(agent_qs, max_qs, states, actions, params)
     return out if states.shape[:-1] == leading else Recognition._make(value.reshape(*leading, 1) for value in out)
 

@@ -64,7 +64,13 @@ def unrestricted(
             None if tensor is None else tensor.reshape(rows, tensor.shape[-1]) for tensor in (features, states, actions)
         )
         assert states is not None
-    run = native.unrestricted if chosen == "native" else reference.unrestricted
+    run = reference.unrestricted
+    if chosen == "native":
+        run = native.unrestricted
+    elif chosen == "triton":
+        from fastmix.ops.unrestricted import triton  # here, as it imports Triton
+
+        run = triton.unrestricted
     joint = run(features, states, actions, params, n_actions)
     return joint if states.shape[:-1] == leading else joint.reshape(*leading, joint.shape[-1])
 
