@@ -1,6 +1,6 @@
 """First layer of a network over state and joint action on NVIDIA GPUs, through Triton.
 
-State and features are library products. The one-hots of the actions are never built: `gather_kernel` adds the columns of
+State and features are library products. The one-hots are never built: `gather_kernel` adds the columns of
 the weights that the actions stand for, `columns_gradient_kernel` sums the gradients of the rows with each action, as a
 product with one-hots that exist in registers only. Every result is the same from run to run.
 
@@ -26,7 +26,7 @@ from fastmix.ops._triton import DISPATCH_KEY, dot, dot_precision, launching, mul
 
 
 def joint_mlp(states: Tensor, actions: Tensor, extras: Tensor | None, layers: Layers, n_actions: int) -> Tensor:
-    """`fastmix.ops._layers.mlp` of ``[states | one-hots of actions | extras]``, ``[N, S]``, ``[N, A]`` and ``[N, X]``."""
+    """`fastmix.ops._layers.mlp` of ``[states | one-hots of actions | extras]``; actions ``[N, A]``, others ``[N, ..]``."""
     (weight, bias), *rest = layers
     S, one_hots = states.shape[1], actions.shape[1] * n_actions
     base = F.linear(states, weight[:, :S], bias)
@@ -44,7 +44,7 @@ def gather_kernel(
     base_ptr, columns_ptr, actions_ptr, out_ptr, rows, stride_base, stride_row, stride_agent,
     A: tl.constexpr, U: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """``base`` plus the columns (rows of ``columns``, ``[A * U, F]``) of ``BM`` rows' actions; no action adds nothing."""
+    """``base`` plus the columns (rows of ``columns``, ``[A * U, F]``) of the actions, for ``BM`` rows."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     f = tl.program_id(1) * BF + tl.arange(0, BF)
     live = row < rows

@@ -322,8 +322,8 @@ def _backward_forward(
         constants = _constants(agent_qs, query, head, alive, own_size, biased, softmax)
         with launching(agent_qs):
             attend_backward_kernel[(triton.cdiv(rows, constants["BM"]),)](
-                agent_qs, own, query, head, _bytes(alive), *given, *grads, rows, *_strides(agent_qs, own, query, head), scale,
-                **constants, WEIGHTS=grad_weights is not None, SQUARES=grad_squares is not None,
+                agent_qs, own, query, head, _bytes(alive), *given, *grads,
+                rows, *_strides(agent_qs, own, query, head), scale, **constants, WEIGHTS=grad_weights is not None, SQUARES=grad_squares is not None,
                 ENTROPIES=grad_entropies is not None, OWN=wants_own,
             )  # fmt: skip
     return grads
