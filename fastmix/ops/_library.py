@@ -93,6 +93,7 @@ def _functions(
     A list of tensors behind the ``single`` first arguments is spread out here, as autograd sees only what stands
     outside of lists.
     """
+
     def gathered(args: tuple[Any, ...]) -> tuple[Any, ...]:
         return args if single is None else (*args[:single], list(args[single:]))
 

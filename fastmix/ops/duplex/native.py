@@ -271,8 +271,7 @@ def _backward(
     )  # fmt: skip
     per_param = [want for want, depth in zip(wants, depths, strict=True) for _ in range(2 * depth)]
     grads = [
-        grad if want and param.numel() > 0 else None
-        for want, grad, param in zip(per_param, grads, params, strict=True)
+        grad if want and param.numel() > 0 else None for want, grad, param in zip(per_param, grads, params, strict=True)
     ]
     return (
         grad_qs if wants_qs else None, None, grad_states if wants_states else None, None, None, None, None, None, grads,
