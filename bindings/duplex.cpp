@@ -13,7 +13,8 @@ namespace fastmix::bindings {
 namespace {
 
 using Sizes = std::array<int64_t, 4>;  // rows, state_dim, agents, n_actions
-using Kinds = std::array<int64_t, 5>;  // where scale, shift, key, agents and action stand among the networks; -1: absent
+using Kinds =
+    std::array<int64_t, 5>;  // where scale, shift, key, agents and action stand among the networks; -1: absent
 
 template <class T>
 NetworkInputs<T> inputs_of(const Sizes& sizes, const Rows& states, const Rows& actions) {
@@ -92,16 +93,11 @@ void backward(const Sizes& sizes, const Rows& agent_qs, const Rows& max_qs, cons
   const NetworkInputs<T> inputs = inputs_of<T>(sizes, states, actions);
   const NetworkList<T> list(networks, inputs);
   const int64_t rows = inputs.rows;
-  DuplexBackward<T> p{shape(sizes, inputs, list, kinds, threads),
-                      optional_rows<T>(agent_qs, rows, "agent_qs"),
-                      optional_rows<T>(max_qs, rows, "max_qs"),
-                      pointer<const T>(grads[0], 0, "grad_v"),
-                      pointer<const T>(grads[1], 0, "grad_adv"),
-                      pointer<const T>(grads[2], 0, "grad_weights"),
-                      pointer<const T>(saved[0], 0, "hidden"),
-                      pointer<const T>(saved[1], 0, "outputs"),
-                      pointer<T>(results[0], 0, "grad_agent_qs"),
-                      pointer<T>(results[1], 0, "grad_states")};
+  DuplexBackward<T> p{shape(sizes, inputs, list, kinds, threads), optional_rows<T>(agent_qs, rows, "agent_qs"),
+                      optional_rows<T>(max_qs, rows, "max_qs"),   pointer<const T>(grads[0], 0, "grad_v"),
+                      pointer<const T>(grads[1], 0, "grad_adv"),  pointer<const T>(grads[2], 0, "grad_weights"),
+                      pointer<const T>(saved[0], 0, "hidden"),    pointer<const T>(saved[1], 0, "outputs"),
+                      pointer<T>(results[0], 0, "grad_agent_qs"), pointer<T>(results[1], 0, "grad_states")};
   if (rows > 0) {
     check(p.agent_qs.data != nullptr || p.grad_weights != nullptr, "there is nothing to differentiate");
     check(p.agent_qs.data == nullptr || p.key < 0 || p.max_qs.data != nullptr, "max_qs is null");

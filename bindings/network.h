@@ -11,8 +11,8 @@
 
 namespace fastmix::bindings {
 
-// Groups, reads actions, reads extras, outputs of a network's layers, addresses of their weights and biases in turn, and
-// the same of the gradients, or nothing where they are not wanted.
+// Groups, reads actions, reads extras, outputs of a network's layers, addresses of their weights and biases in turn,
+// and the same of the gradients, or nothing where they are not wanted.
 using NetworkSpec = std::tuple<int64_t, bool, bool, std::vector<int64_t>, std::vector<Address>, std::vector<Address>>;
 
 // Keeps what the networks of a call point to.

@@ -53,6 +53,7 @@ inline void fill_zero(T* p, int64_t size) {
 // out[column][row] for `columns` columns of the rows first .. first + count; zeros up to a whole vector.
 template <class T>
 inline void load_columns(const StridedRows<T>& rows, int64_t columns, int64_t first, int64_t count, T* out) {
+  if (columns == 0) return;
   const T* at[kNetworkRows];
   find_rows(rows, first, count, at);
   const int64_t end = whole_vectors<T>(count) * lanes<T>;
@@ -543,8 +544,7 @@ class Networks {
   }
 
   // out = bias + the weights of the rows' actions.
-  __attribute__((noinline)) void gather(const NetworkBlock<T>& b, const Gathered& from, int64_t columns,
-                                        T* out) const {
+  __attribute__((noinline)) void gather(const NetworkBlock<T>& b, const Gathered& from, int64_t columns, T* out) const {
     for (int64_t r = 0; r < b.rows; r += lanes<T>) {
       for (int64_t c = 0; c < columns; c += lanes<T>) {
         Vec<T> block[lanes<T>];

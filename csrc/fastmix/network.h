@@ -15,8 +15,8 @@ struct NetworkLayer {
   int64_t out;  // features of one network
 };
 
-// G networks of one form, ReLU between their layers and none at the end. The first layer's columns stand for the state's
-// features, then the one-hots of the joint action, agent after agent, then the extras, as far as it reads them.
+// G networks of one form, ReLU between their layers and none at the end. The first layer's columns stand for the
+// state's features, then the one-hots of the joint action, agent after agent, then the extras, as far as it reads them.
 template <class T>
 struct Network {
   const NetworkLayer<const T>* layers;  // [depth]

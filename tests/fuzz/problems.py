@@ -8,12 +8,16 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmix import ops
+from fastmix.ops._layers import Layers, Linear
+from fastmix.ops._networks import flatten as _flatten
+from fastmix.ops.duplex import PARTS, DuplexParams, ImportanceParams
 from fastmix.ops.monotonic import POSITIVITIES, MonotonicParams
 from fastmix.ops.recurrent import RecurrentParams
 from fastmix.ops.returns import KINDS
@@ -154,6 +158,31 @@ def monotonic(draw: Draw) -> None:
     _compare(draw, [agent_qs, states, *(p for p in params if p is not None)], run)
 
 
+def duplex(draw: Draw) -> None:
+    """Both parts or one, with and without transform; any kernels, widths and depths; some gradients."""
+    leading, agents, _, state, taken, networks = _joint(draw)
+    depth = draw.size("transform_layers", 3, 0)
+    scale, shift = (_layers(draw, f"transform{i}", state, agents, depth) if depth else () for i in range(2))
+    params = DuplexParams(scale, shift, networks)
+    agent_qs = draw.tensor(*leading, agents, grad=draw.flag("gradient_of_qs", 0.8))
+    max_qs = draw.tensor(*leading, agents)
+    states = draw.tensor(*leading, state, grad=draw.flag("gradient_of_states", 0.3))
+    options = {"part": draw.choice("part", PARTS), "minus_one": draw.flag("minus_one")}
+
+    def run(backend: str) -> Any:
+        return ops.duplex(agent_qs, max_qs, states, taken, params, **options, backend=backend)
+
+    _compare(draw, [agent_qs, states, *_flatten((scale, shift, *networks))[0]], run)
+
+
+def importance(draw: Draw) -> None:
+    """QPLEX's importance weights alone."""
+    leading, _, _, state, taken, networks = _joint(draw)
+    states = draw.tensor(*leading, state, grad=draw.flag("gradient_of_states", 0.3))
+    inputs = [states, *_flatten(networks)[0]]
+    _compare(draw, inputs, lambda backend: ops.importance(states, taken, networks, backend=backend))
+
+
 def recurrent(draw: Draw) -> None:
     """One to three networks, with and without initial state, last actions, agent ids, layer norm, gradients."""
     episodes, steps, agents = draw.size("episodes", 9, 0), draw.size("steps", 12), draw.size("agents", 9)
@@ -208,8 +237,30 @@ def td_loss(draw: Draw) -> None:
 
 
 PROBLEMS: dict[str, Callable[[Draw], None]] = {
-    problem.__name__: problem for problem in (select, returns, monotonic, recurrent, td_loss)
+    problem.__name__: problem for problem in (select, returns, monotonic, duplex, importance, recurrent, td_loss)
 }
+
+
+def _joint(draw: Draw) -> tuple[list[int], int, int, int, Tensor, ImportanceParams]:
+    """Leading dimensions, agents, actions, state features, a joint action and importance networks."""
+    leading = [draw.size("rows", 150, 0)] if draw.flag("flat") else [draw.size("episodes", 9, 0), draw.size("steps", 9)]
+    agents, actions, state = draw.size("agents", 12), draw.size("actions", 20), draw.size("state", 130)
+    kernels, depth = draw.size("kernels", 5), draw.size("importance_layers", 3)
+    networks = ImportanceParams(
+        _layers(draw, "key", state, 1, depth, kernels),
+        _layers(draw, "agents_networks", state, agents, depth, kernels),
+        _layers(draw, "action", state + agents * actions, agents, depth, kernels),
+    )
+    return leading, agents, actions, state, draw.integers(-1, actions, *leading, agents), networks
+
+
+def _layers(draw: Draw, name: str, inputs: int, outputs: int, depth: int, groups: int | None = None) -> Layers:
+    widths = [inputs, *(draw.size(f"{name}_width{layer}", 70) for layer in range(depth - 1)), outputs]
+    group, grad = () if groups is None else (groups,), draw.flag(f"gradient_of_{name}", 0.8)
+    return tuple(
+        Linear(draw.tensor(*group, after, before, scale=before**-0.5, grad=grad), draw.tensor(*group, after, grad=grad))
+        for before, after in pairwise(widths)
+    )
 
 
 def _network(draw: Draw, inputs: int, width: int, actions: int, trained: bool) -> RecurrentParams:

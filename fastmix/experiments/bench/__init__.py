@@ -20,7 +20,7 @@ import torch
 from fastmix.testing.shapes import SHAPES
 
 JOINT = ("attention", "recognise", "unrestricted")
-OPS = ("monotonic", *JOINT, "recurrent", "returns", "select", "td_loss")
+OPS = ("monotonic", "duplex", *JOINT, "recurrent", "returns", "select", "td_loss")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 BASELINES = ("eager", "compile", "autotune", "whole")
@@ -88,7 +88,10 @@ def _add_ops(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", action="append", choices=OPS, help="operator; may be repeated (default: all)")
     parser.add_argument("--shape", action="append", choices=list(SHAPES), help="sizes; may be repeated (default: all)")
     parser.add_argument(
-        "--rows", action="append", type=_positive, help="rows of monotonic and of an acting step (default: 1920, 15360)"
+        "--rows",
+        action="append",
+        type=_positive,
+        help="rows of monotonic, duplex and an acting step (default: 1920, 15360)",
     )
     parser.add_argument("--forward", action="store_true", help="forward without gradients instead of a training pass")
     parser.add_argument("--acting", action="store_true", help="recurrent: single acting steps of --rows rows")
@@ -96,7 +99,7 @@ def _add_ops(parser: argparse.ArgumentParser) -> None:
         "--baseline",
         type=_names,
         default=("eager", "compile"),
-        help="names of eager, compile and, of monotonic, autotune (default: eager,compile)",
+        help="names of eager, compile and, of monotonic and duplex, autotune (default: eager,compile)",
     )
     _add_common(parser, _measure_ops)
 
@@ -258,7 +261,7 @@ def _planned_ops(args: argparse.Namespace) -> Iterator[Any]:
     for op in args.op or OPS:
         for shape in shapes:
             sizes = SHAPES[shape]
-            if op == "monotonic" or op in JOINT:
+            if op in ("monotonic", "duplex", *JOINT):
                 build = getattr(joint if op in JOINT else cases, op)
                 for rows in args.rows or (1_920, 15_360):
                     yield Planned(partial(build, shape, rows, train, setting, compiled))

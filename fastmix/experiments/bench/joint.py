@@ -105,7 +105,7 @@ def unrestricted(
 def recognise(
     shape: str, rows: int, train: bool = True, setting: Setting = FLOAT32, compiled: Sequence[str] = ("compile",)
 ) -> Case:
-    """POWQMIX's recogniser (embed 32, hypernet 64); products without the one-hots, which nobody has to multiply by."""
+    """POWQMIX's recogniser (embed 32, hypernet 64); in the products one-hots are multiplied like anything else."""
     sizes, embed, hypernet = SHAPES[shape], 32, 64
     torch.manual_seed(_SEED)
     module = baselines.load("networks").Recogniser(sizes.n_agents, sizes.n_actions, sizes.state_dim, embed, hypernet)
@@ -126,7 +126,7 @@ def recognise(
         (setting.new(rows, 1, sizes.n_agents), setting.new(rows, 1, sizes.state_dim), actions),
         ours,
         arguments,
-        [(sizes.state_dim, 2 * hypernet + embed)],
+        [(sizes.state_dim + sizes.n_agents * sizes.n_actions, 2 * hypernet), (sizes.state_dim, embed)],
         [(hypernet, sizes.n_agents * embed), (hypernet, embed), (embed, 1)],
     )
     return _case("recognise", shape, rows, train, setting, compiled, problem)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-import torch
 from torch import Tensor
 
 from fastmix.ops.monotonic.types import POSITIVITIES, MonotonicParams
