@@ -109,6 +109,13 @@ __attribute__((noinline)) void store_columns(const T* from, int64_t columns, int
   }
 }
 
+// Zeros in kept columns [columns][kNetworkRows] of a block of `count` rows, where nothing is written: behind their vectors.
+template <class T>
+inline void clear_behind(T* columns, int64_t size, int64_t count) {
+  const int64_t end = whole_vectors<T>(count) * lanes<T>;
+  for (int64_t c = 0; end < kNetworkRows && c < size; ++c) fill_zero(columns + c * kNetworkRows + end, kNetworkRows - end);
+}
+
 // Panels: columns by row, kTileColumns of them side by side (the last panel may be narrower), each [kNetworkRows][..].
 // They are the right operand of a product that sums over rows; column c's panel begins at c * kNetworkRows.
 template <class T>
@@ -135,7 +142,7 @@ __attribute__((noinline)) void panels_of_rows(const StridedRows<T>& from, int64_
   }
 }
 
-// Panels of columns [columns][kNetworkRows].
+// Panels of columns [columns][kNetworkRows], which may lie far away: those that follow are asked for in advance.
 template <class T>
 __attribute__((noinline)) void panels_of_columns(const T* from, int64_t columns, int64_t count, T* panels) {
   for (int64_t c = 0; c < columns; c += lanes<T>) {
@@ -145,7 +152,10 @@ __attribute__((noinline)) void panels_of_columns(const T* from, int64_t columns,
     for (int64_t r = 0; r < count; r += lanes<T>) {
       Vec<T> block[lanes<T>];
 #pragma GCC unroll 16
-      for (int i = 0; i < lanes<T>; ++i) block[i] = i < left ? load(from + (c + i) * kNetworkRows + r) : Vec<T>{};
+      for (int i = 0; i < lanes<T>; ++i) {
+        block[i] = i < left ? load(from + (c + i) * kNetworkRows + r) : Vec<T>{};
+        __builtin_prefetch(from + (c + i + lanes<T>)*kNetworkRows + r);
+      }
       transpose<T>(block);
 #pragma GCC unroll 16
       for (int i = 0; i < lanes<T>; ++i) store(to + (r + i) * width, block[i]);
@@ -285,7 +295,7 @@ template <class T>
 struct NetworkBlock {
   int64_t first, rows, vectors;  // vectors: of rows
   T* inputs;                     // [S + X][kNetworkRows]
-  int64_t* units;                // [kNetworkRows][A]: rows of the gathered weights, a * U + action; A * U for none
+  int64_t* units;                // [kNetworkRows][A]: which of the gathered weights, a * U + action; A * U for none
   T *state_panels, *extra_panels, *hidden_panels;
   T* grad_hidden;  // [hidden columns][kNetworkRows]
   T* grad_inputs;  // [S + X][kNetworkRows]
@@ -320,7 +330,7 @@ class Networks {
       }
       const int64_t columns = net.groups * net.layers[0].out;
       const int64_t width = net.reads_actions ? whole_vectors<T>(columns) * lanes<T> : 0;
-      gathered_[n] = {width, scratch.take<T>((one_hots() + 1) * width), scratch.take<T>(width), per_thread};
+      gathered_[n] = {scratch.take<T>((one_hots() + 1) * width), scratch.take<T>(width), per_thread};
       if (net.reads_actions && net.grads != nullptr) per_thread += (one_hots() + 1) * width;
     }
     first_[count] = next;
@@ -452,9 +462,10 @@ class Networks {
             add_up(layer.sums + c * layer.in, inputs_.state_dim, weight + c * layer.in);
             add_up(layer.sums + c * layer.in + behind, layer.in - behind, weight + c * layer.in + behind);
           }
-          for (int64_t u = 0; u < gathered; ++u) {
-            for (int64_t c = begin; c < end; ++c) {
-              add_up(gathered_[n].sums + u * gathered_[n].width + c, 1, weight + c * layer.in + inputs_.state_dim + u);
+          for (int64_t c = begin; c < end; ++c) {
+            for (int64_t u = 0; u < gathered; ++u) {
+              const int64_t at = gathered_[n].sums + (c / lanes<T> * (gathered + 1) + u) * lanes<T> + c % lanes<T>;
+              add_up(at, 1, weight + c * layer.in + inputs_.state_dim + u);
             }
           }
         });
@@ -486,11 +497,10 @@ class Networks {
     int64_t hidden;  // first column of its outputs, but for the last layer
     int64_t sums;    // of its gradients among a thread's: [G, out, in] and [G, out] behind
   };
-  struct Gathered {  // of a first layer that reads actions
-    int64_t width;   // its columns, in whole vectors
-    T* weights;      // [A * U + 1][width], zeros at the end
-    T* bias;         // [width]
-    int64_t sums;    // of its gradients among a thread's: [A * U + 1][width], the last unused
+  struct Gathered {  // of a first layer that reads actions, its columns in whole vectors
+    T* weights;      // [vectors][A * U + 1][lanes<T>], zeros at the end of each
+    T* bias;         // [vectors][lanes<T>]
+    int64_t sums;    // of its gradients among a thread's: [vectors][A * U + 1][lanes<T>], the last of each unused
   };
 
   int64_t one_hots() const { return inputs_.agents * inputs_.n_actions; }
@@ -501,11 +511,11 @@ class Networks {
       const Gathered& to = gathered_[n];
       const Layer& layer = *first_[n];
       const int64_t columns = networks_[n].groups * layer.out;
-      parallel_tasks(to.width / lanes<T>, threads_, [&](int64_t vector, int) {
+      parallel_tasks(whole_vectors<T>(columns), threads_, [&](int64_t vector, int) {
         const int64_t c = vector * lanes<T>, left = columns - c < lanes<T> ? columns - c : lanes<T>;
-        pack_strip<T>(layer.weight + c * layer.in + inputs_.state_dim, left, one_hots(), layer.in, to.weights + c,
-                      to.width);
-        store(to.weights + one_hots() * to.width + c, Vec<T>{});
+        T* weights = to.weights + c * (one_hots() + 1);
+        pack_strip<T>(layer.weight + c * layer.in + inputs_.state_dim, left, one_hots(), layer.in, weights, lanes<T>);
+        store(weights + one_hots() * lanes<T>, Vec<T>{});
         store(to.bias + c, layer.bias == nullptr ? Vec<T>{} : load_part(layer.bias + c, static_cast<int>(left)));
       });
     }
@@ -545,27 +555,27 @@ class Networks {
 
   // out = bias + the weights of the rows' actions.
   __attribute__((noinline)) void gather(const NetworkBlock<T>& b, const Gathered& from, int64_t columns, T* out) const {
-    for (int64_t r = 0; r < b.rows; r += lanes<T>) {
-      for (int64_t c = 0; c < columns; c += lanes<T>) {
+    for (int64_t c = 0; c < columns; c += lanes<T>) {
+      const int64_t left = columns - c < lanes<T> ? columns - c : lanes<T>;
+      const T* weights = from.weights + c * (one_hots() + 1);
+      const Vec<T> bias = load(from.bias + c);
+      for (int64_t r = 0; r < b.rows; r += lanes<T>) {
         Vec<T> block[lanes<T>];
-        const Vec<T> bias = load(from.bias + c);
 #pragma GCC unroll 16
         for (int i = 0; i < lanes<T>; ++i) {
           const int64_t* units = b.units + (r + i) * inputs_.agents;
           block[i] = bias;
-          for (int64_t a = 0; a < inputs_.agents; ++a) block[i] += load(from.weights + units[a] * from.width + c);
+          for (int64_t a = 0; a < inputs_.agents; ++a) block[i] += load(weights + units[a] * lanes<T>);
         }
         transpose<T>(block);
-        const int64_t left = columns - c < lanes<T> ? columns - c : lanes<T>;
         for (int64_t i = 0; i < left; ++i) store(out + (c + i) * kNetworkRows + r, block[i]);
       }
     }
   }
 
   // The other way: adds the gradients of a first layer's outputs to those of the weights of the rows' actions.
-  __attribute__((noinline)) void scatter(const NetworkBlock<T>& b, int64_t columns, int64_t width, const T* grads,
-                                         T* sums) const {
-    for (int64_t c = 0; c < columns; c += lanes<T>) {
+  __attribute__((noinline)) void scatter(const NetworkBlock<T>& b, int64_t columns, const T* grads, T* sums) const {
+    for (int64_t c = 0; c < columns; c += lanes<T>, sums += (one_hots() + 1) * lanes<T>) {
       const int64_t left = columns - c < lanes<T> ? columns - c : lanes<T>;
       for (int64_t r = 0; r < b.rows; r += lanes<T>) {
         Vec<T> block[lanes<T>];
@@ -576,7 +586,7 @@ class Networks {
         for (int64_t i = 0; i < here; ++i) {
           const int64_t* units = b.units + (r + i) * inputs_.agents;
           for (int64_t a = 0; a < inputs_.agents; ++a) {
-            T* to = sums + units[a] * width + c;
+            T* to = sums + units[a] * lanes<T>;
             store(to, load(to) + block[i]);
           }
         }
@@ -593,7 +603,7 @@ class Networks {
       T* sums = sums_[thread] + layer.sums;
       network_weight_grad(grads, columns, b.state_panels, S, b.rows, sums, layer.in);
       if (extras > 0) network_weight_grad(grads, columns, b.extra_panels, extras, b.rows, sums + behind, layer.in);
-      if (net.reads_actions) scatter(b, columns, gathered_[n].width, grads, sums_[thread] + gathered_[n].sums);
+      if (net.reads_actions) scatter(b, columns, grads, sums_[thread] + gathered_[n].sums);
       add_row_sums(grads, columns, b.vectors, sums + columns * layer.in);
     }
     if (b.wants_states) {

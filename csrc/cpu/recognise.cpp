@@ -79,6 +79,11 @@ void forward(const RecogniseForward<T>& p) {
     T* hidden = keeps ? p.hidden + first * hidden_columns : w2 + p.embed * kNetworkRows;
     auto* signs =
         keeps ? reinterpret_cast<LaneBits<T>*>(p.signs + first / kNetworkRows * units * sign_bytes<T>()) : nullptr;
+    if (keeps) {
+      clear_behind(hidden, hidden_columns, rows);
+      clear_behind(w2, 2 * p.embed, rows);
+      if (rows < kNetworkRows) __builtin_memset(signs, 0, static_cast<size_t>(units * sign_bytes<T>()));
+    }
     NetworkBlock<T>& block = nets.block(thread);
     nets.read(block, first, rows);
     load_advantages(p, first, rows, advantages + p.agents * kNetworkRows, advantages);

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmix.ops import _library, _networks
+from fastmix.ops import _library, _memory, _networks
 from fastmix.ops._rows import layout, with_dense_rows
 from fastmix.ops.attention.types import AttentionOutput, AttentionParams
 
@@ -63,7 +63,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """All of `AttentionOutput`, those not wanted empty; and what backward needs, empty unless ``training``."""
     shapes = _shapes(agent_qs, states, depths, own_size, return_weights, return_statistics, training, params)
-    results = [torch.empty(shape, dtype=states.dtype) for shape in shapes]
+    results = [_memory.empty(shape, states.dtype) for shape in shapes]
     states, params = with_dense_rows(states), _networks.dense(params)
     networks = _networks.split(params, depths)
     _run_forward(

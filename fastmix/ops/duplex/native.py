@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmix.ops import _library, _networks
+from fastmix.ops import _library, _memory, _networks
 from fastmix.ops._rows import NO_ROWS, layout, with_dense_rows
 from fastmix.ops.duplex.types import DuplexOutput, DuplexParams, ImportanceParams
 
@@ -85,7 +85,7 @@ def _forward(
     The parts are empty unless there are two. Without ``agent_qs``, ``q_tot`` is the importance weights.
     """
     shapes = _shapes(agent_qs, states, actions, depths, wants_v, training, params)
-    results = [torch.empty(shape, dtype=states.dtype) for shape in shapes]
+    results = [_memory.empty(shape, states.dtype) for shape in shapes]
     states, params = with_dense_rows(states), _networks.dense(params)
     networks = _networks.split(params, depths)
     sizes = _sizes(agent_qs, states, actions, networks)
@@ -131,10 +131,9 @@ def _backward_forward(
 def _rows(
     agent_qs: Tensor | None, max_qs: Tensor | None, states: Tensor, actions: Tensor | None
 ) -> tuple[Any, Any, Any, Any]:
-    none, some = NO_ROWS, layout
     return (
-        none if agent_qs is None else some(agent_qs), none if max_qs is None else some(max_qs), some(states),
-        none if actions is None else some(actions),
+        NO_ROWS if agent_qs is None else layout(agent_qs), NO_ROWS if max_qs is None else layout(max_qs),
+        layout(states), NO_ROWS if actions is None else layout(actions),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmix.ops import _library, _networks
+from fastmix.ops import _library, _memory, _networks
 from fastmix.ops._rows import layout, with_dense_rows
 from fastmix.ops.duplex.types import RecogniserParams, Recognition
 
@@ -39,8 +39,8 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """``q_r`` and ``v``; and what backward needs, empty unless ``training``: features, sums over agents, signs."""
     shapes = _shapes(states, actions, depths, training, params)
-    q_r, v, hidden, mixed = (torch.empty(shape, dtype=states.dtype) for shape in shapes[:4])
-    signs = torch.empty(shapes[4], dtype=torch.uint8)
+    q_r, v, hidden, mixed = (_memory.empty(shape, states.dtype) for shape in shapes[:4])
+    signs = _memory.empty(shapes[4], torch.uint8)
     states, params = with_dense_rows(states), _networks.dense(params)
     networks = _networks.split(params, depths)
     _run_forward(

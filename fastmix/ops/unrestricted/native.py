@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmix.ops import _library, _networks
+from fastmix.ops import _library, _memory, _networks
 from fastmix.ops._rows import NO_ROWS, layout, with_dense_rows
 from fastmix.ops.unrestricted.types import UnrestrictedParams
 
@@ -39,7 +39,7 @@ def _forward(
     params: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The joint value, and the hidden features that backward needs, empty unless ``training``."""
-    joint, hidden = (torch.empty(shape, dtype=states.dtype) for shape in _shapes(states, depths, training, params))
+    joint, hidden = (_memory.empty(shape, states.dtype) for shape in _shapes(states, depths, training, params))
     states, params = with_dense_rows(states), _networks.dense(params)
     networks = _networks.split(params, depths)
     _run_forward(

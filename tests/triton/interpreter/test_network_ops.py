@@ -69,7 +69,9 @@ def test_a_bad_row_spoils_no_other_of_attention(value: float) -> None:
 
 
 @pytest.mark.parametrize("form", test_unrestricted.FORMS)
-@pytest.mark.parametrize("sizes", [{}, {"agents": 27, "actions": 1, "width": 33}, {"actions": 18, "width": 70}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{}, {"agents": 27, "actions": 1, "width": 33}, {"actions": 18, "width": 70}], ids=str
+)
 def test_unrestricted_meets_the_equations(form: str, sizes: dict[str, Any]) -> None:
     check(test_unrestricted.Problem(35, dtype=torch.float32, **sizes, **test_unrestricted.FORMS[form]))
 
