@@ -147,7 +147,7 @@ def _two_layers(n_inputs: int, width: int, n_outputs: int) -> nn.Sequential:
 
 
 class Qatten(nn.Module):
-    """Qatten (Yang et al. 2020): a query and a key network a head, heads one after another, weighted heads, ``c(s)``."""
+    """Qatten (Yang et al. 2020): a query and a key network a head, one head after another, weighted heads, ``c(s)``."""
 
     def __init__(
         self, n_agents: int, state_dim: int, own_size: int, heads: int = 4, embed_dim: int = 32, hidden_dim: int = 64

@@ -26,7 +26,7 @@ from fastmix.ops._triton import DISPATCH_KEY, dot, dot_precision, launching, mul
 
 
 def joint_mlp(states: Tensor, actions: Tensor, extras: Tensor | None, layers: Layers, n_actions: int) -> Tensor:
-    """`fastmix.ops._layers.mlp` of ``[states | one-hots of actions | extras]``; actions ``[N, A]``, others ``[N, ..]``."""
+    """`fastmix.ops._layers.mlp` of ``[states | one-hots of actions | extras]``, each ``[N, ..]``."""
     (weight, bias), *rest = layers
     S, one_hots = states.shape[1], actions.shape[1] * n_actions
     base = F.linear(states, weight[:, :S], bias)
@@ -89,7 +89,8 @@ def columns_gradient_kernel(
 
 # ------------------------------------------------------------------------------------------------------------- the host
 
-_BM, _BF, _GRADIENT_BM = 32, 64, 32
+_BM, _BF = 32, 32
+_GRADIENT_BM, _GRADIENT_BF = 32, 64
 
 
 def _forward(base: Tensor, columns: Tensor, actions: Tensor, n_actions: int, with_relu: bool) -> Tensor:
@@ -111,7 +112,7 @@ def _columns_gradient(grad: Tensor, actions: Tensor, n_actions: int) -> Tensor:
     if not rows:
         return grad.new_zeros(n_agents * n_actions, outputs)
     grad = grad.contiguous()
-    wide = triton.cdiv(outputs, _BF)
+    wide = triton.cdiv(outputs, _GRADIENT_BF)
     blocks = triton.cdiv(rows, _GRADIENT_BM)
     wanted = max(1, 4 * multiprocessors(grad.device) // (n_agents * wide))
     per_part = min(64, next_power(triton.cdiv(blocks, wanted), 1))  # a power of two, to compile it rarely
@@ -119,7 +120,7 @@ def _columns_gradient(grad: Tensor, actions: Tensor, n_actions: int) -> Tensor:
     with launching(grad):
         columns_gradient_kernel[(n_agents, wide, parts.shape[0])](
             grad, actions, parts, rows, *actions.stride(),
-            A=n_agents, U=n_actions, F=outputs, UP=next_power(n_actions), BM=_GRADIENT_BM, BF=_BF,
+            A=n_agents, U=n_actions, F=outputs, UP=next_power(n_actions), BM=_GRADIENT_BM, BF=_GRADIENT_BF,
             BLOCKS=per_part, PRECISION=dot_precision(grad.dtype), num_warps=4,
         )  # fmt: skip
     return parts.sum(0).to(grad.dtype)

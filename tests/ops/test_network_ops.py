@@ -1,4 +1,4 @@
-"""What the native ops made of small networks have in common: instruction sets, threads, blocks of rows, parts wanted."""
+"""What native ops of small networks have in common: instruction sets, threads, blocks of rows, parts wanted."""
 
 from __future__ import annotations
 

@@ -29,6 +29,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
+from fastmix.ops import _joint_triton as joint
+from fastmix.ops.attention import triton as attention
+from fastmix.ops.duplex import recogniser_triton as recogniser
 from fastmix.ops.monotonic import POSITIVITIES
 from fastmix.ops.monotonic import triton as monotonic
 from tests.generators import Shape, monotonic_params
@@ -40,7 +43,11 @@ PRECISIONS = {
     "tf32x3": ("highest", torch.float32),
     "bfloat16": ("high", torch.bfloat16),
 }
-NO_PRODUCTS = ("pack_kernel", "add_parts_kernel")
+MODULES = (monotonic, attention, joint, recogniser)
+NO_PRODUCTS = (
+    "pack_kernel", "add_parts_kernel", "attend_kernel", "attend_backward_kernel", "gather_kernel", "weigh_kernel",
+    "weigh_backward_kernel",
+)  # fmt: skip
 """Kernels that have no matrix product"""
 
 
@@ -73,6 +80,21 @@ CASES = (
 """Every configuration of the heuristics, and the largest sizes"""
 
 
+class JointCase(NamedTuple):
+    """The kernels of `attention`, `unrestricted` and `recognise` on one environment and number of rows."""
+
+    name: str
+    shape: Shape
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.rows} rows"
+
+
+JOINT_MAIN = JointCase("joint MMM2", MMM2, 15_360)
+JOINT_CASES = (JOINT_MAIN, JointCase("joint 64 agents", Shape(64, 36, 4096, 5), 4_096))
+
+
 class Compiled(NamedTuple):
     """What one kernel needs; ``mma`` counts matrix instructions in the PTX, ``tensor`` in the machine code."""
 
@@ -100,7 +122,7 @@ class Compiled(NamedTuple):
         return found
 
 
-def compile_case(case: Case, precision: str, architecture: int) -> dict[str, Compiled]:
+def compile_case(case: Case | JointCase, precision: str, architecture: int) -> dict[str, Compiled]:
     """Every kernel that a training call and a call without gradient launch."""
     setting, dtype = PRECISIONS[precision]
     outer = torch.get_float32_matmul_precision()
@@ -111,7 +133,7 @@ def compile_case(case: Case, precision: str, architecture: int) -> dict[str, Com
             launches_compile(architecture) as kernels,
             mock.patch.object(monotonic, "has_wide_products", lambda device: architecture >= 90),
         ):
-            _call(case, dtype)
+            (_call if isinstance(case, Case) else _call_joint)(case, dtype)  # type: ignore[operator]
     finally:
         torch.set_float32_matmul_precision(outer)
     return {name: _inspect(name, kernel, arguments, architecture) for name, (kernel, arguments) in kernels.items()}
@@ -131,7 +153,8 @@ def launches_compile(architecture: int) -> Iterator[dict[str, Any]]:
 
     driver = triton.runtime.driver
     driver.set_active(_NoDevice(architecture))
-    caches = [kernel.device_caches for kernel in vars(monotonic).values() if isinstance(kernel, triton.JITFunction)]
+    kernels_of = [kernel for module in MODULES for kernel in vars(module).values()]
+    caches = [kernel.device_caches for kernel in kernels_of if isinstance(kernel, triton.JITFunction)]
     for cache in caches:
         cache.clear()  # they are by device number, and the architecture of number 0 changes
     try:
@@ -175,6 +198,27 @@ def _call(case: Case, dtype: torch.dtype) -> None:
             torch.zeros_like(q_tot), agent_qs, states, saved, packed, p.w1_bias, p.w2_bias, p.v_weight,
             hidden, positivity, 1.0, True, True,
         )  # fmt: skip
+
+
+def _call_joint(case: JointCase, dtype: torch.dtype) -> None:
+    A, U, S, rows = case.shape.n_agents, case.shape.n_actions, case.shape.state_dim, case.rows
+    heads, embed, own = 4, 32, S // A
+
+    def new(*shape: int) -> Tensor:  # never touched, so it takes no memory
+        return torch.empty(*shape, dtype=dtype)
+
+    utilities, alive = new(rows, A), torch.empty(rows, A, dtype=torch.bool)
+    inputs = (utilities, new(rows, S), new(heads, rows, own + 2), new(rows, heads), alive, own, True, True)
+    summed, weights, squares, entropies = attention._forward(*inputs, True, True, 0.5)
+    attention._backward_forward(summed, weights, squares, entropies, *inputs, True, 0.5)
+    actions = torch.empty(rows, A, dtype=torch.int64)
+    hidden = joint._forward(new(rows, 64), new(A * U, 64), actions, U, True)
+    with mock.patch.object(Tensor, "sum", lambda parts, dim: parts[0]):
+        joint._columns_gradient(hidden, actions, U)
+    generated = (new(rows, A * embed), new(rows, embed))
+    recogniser._backward_forward(
+        recogniser._forward(utilities, utilities, *generated), utilities, utilities, *generated
+    )
 
 
 def _shape_of_product(*factors: Tensor) -> Tensor:
@@ -277,7 +321,7 @@ def main() -> int:
     problems = []
     allowed = recorded_spills() if arguments.check else {}
     for architecture in arguments.arch:
-        for case in (case for case in CASES if arguments.case in str(case)):
+        for case in (case for case in (*CASES, *JOINT_CASES) if arguments.case in str(case)):
             for precision in arguments.precision:
                 for name, compiled in compile_case(case, precision, architecture).items():
                     where = key(case, precision, architecture, name)

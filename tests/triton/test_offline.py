@@ -36,6 +36,22 @@ def test_kernels_compile(architecture: int, precision: str) -> None:
         assert entry.spills <= allowed[offline.key(offline.MAIN, precision, architecture, name)], entry
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", offline.ARCHITECTURES)
+def test_joint_kernels_compile(architecture: int) -> None:
+    compiled = offline.compile_case(offline.JOINT_MAIN, "tf32x3", architecture)
+    assert set(compiled) == {
+        "attend_kernel",
+        "attend_backward_kernel",
+        "gather_kernel",
+        "columns_gradient_kernel",
+        "weigh_kernel",
+        "weigh_backward_kernel",
+    }
+    for entry in compiled.values():
+        assert not entry.problems() and entry.spills == 0, entry
+
+
 def test_record_is_complete() -> None:
     """Each recorded version of Triton has every case, and but for a few bytes before Hopper only the largest spills."""
     tables = json.loads(offline.FILE.read_text())
@@ -43,6 +59,11 @@ def test_record_is_complete() -> None:
     wanted = {
         offline.key(case, precision, architecture, "mix_kernel")
         for case in offline.CASES
+        for precision in offline.PRECISIONS
+        for architecture in offline.ARCHITECTURES
+    } | {
+        offline.key(case, precision, architecture, "attend_kernel")
+        for case in offline.JOINT_CASES
         for precision in offline.PRECISIONS
         for architecture in offline.ARCHITECTURES
     }

@@ -230,9 +230,9 @@ def attend_backward_kernel(
 
 
 def _block(n_agents: int) -> tuple[int, int]:
-    """Agents padded, and rows of a program: 1,024 numbers of each kind, which four warps hold in registers."""
+    """Agents padded, and rows of a program: 512 numbers of each kind, which four warps hold in registers."""
     padded = next_power(n_agents, 1)
-    return padded, max(16, min(128, 1024 // padded))
+    return padded, max(16, min(128, 512 // padded))
 
 
 def _constants(
@@ -323,7 +323,8 @@ def _backward_forward(
         with launching(agent_qs):
             attend_backward_kernel[(triton.cdiv(rows, constants["BM"]),)](
                 agent_qs, own, query, head, _bytes(alive), *given, *grads,
-                rows, *_strides(agent_qs, own, query, head), scale, **constants, WEIGHTS=grad_weights is not None, SQUARES=grad_squares is not None,
+                rows, *_strides(agent_qs, own, query, head), scale,
+                **constants, WEIGHTS=grad_weights is not None, SQUARES=grad_squares is not None,
                 ENTROPIES=grad_entropies is not None, OWN=wants_own,
             )  # fmt: skip
     return grads
