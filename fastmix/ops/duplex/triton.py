@@ -65,7 +65,7 @@ def importance(states: Tensor, actions: Tensor, params: ImportanceParams) -> Ten
 def _networks(
     states: Tensor, actions: Tensor | None, params: DuplexParams, wants_v: bool, wants_adv: bool
 ) -> list[Tensor | None]:
-    """What scale, shift, key, agents and action give: ``[N, A]``, or by kernel ``[K, N, 1 or A]``; None where absent."""
+    """What scale, shift, key, agents and action give: ``[N, A]``, or ``[K, N, 1 or A]``; None where absent."""
     key, agents, action = params.importance if wants_adv else ((), (), ())
     reading_states: list[Layers] = [params.scale, params.shift if wants_v else (), key, agents]
     outputs: list[Tensor | None] = [None] * 4

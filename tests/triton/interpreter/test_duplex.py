@@ -10,9 +10,9 @@ import torch
 from fastmix.ops.duplex import PARTS
 from fastmix.ops.duplex import triton as kernels
 from fastmix.testing import assert_close, poisoned_allocations
+from tests.duplex_problem import Problem, assert_parity
 from tests.generators import non_contiguous
 from tests.ops.support import gradients, leaves, rebuild
-from tests.ops.test_duplex import Problem, assert_parity
 
 OPS = ("duplex", "importance")
 
