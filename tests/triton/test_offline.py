@@ -36,12 +36,22 @@ def test_kernels_compile(architecture: int, precision: str) -> None:
         assert entry.spills <= allowed[offline.key(offline.MAIN, precision, architecture, name)], entry
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", offline.PRECISIONS)
+@pytest.mark.parametrize("architecture", offline.ARCHITECTURES)
+def test_duplex_compiles(architecture: int, precision: str) -> None:
+    compiled = offline.compile_case(offline.DUPLEX, precision, architecture)
+    assert set(compiled) == {"gather_kernel", "scatter_kernel", "combine_kernel", "spread_kernel"}
+    for entry in compiled.values():
+        assert not entry.problems() and entry.spills == 0, entry
+
+
 def test_record_is_complete() -> None:
     """Each recorded version of Triton has every case, and but for a few bytes before Hopper only the largest spills."""
     tables = json.loads(offline.FILE.read_text())
     assert tables
     wanted = {
-        offline.key(case, precision, architecture, "mix_kernel")
+        offline.key(case, precision, architecture, "scatter_kernel" if case.op == "duplex" else "mix_kernel")
         for case in offline.CASES
         for precision in offline.PRECISIONS
         for architecture in offline.ARCHITECTURES
