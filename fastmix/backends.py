@@ -29,13 +29,12 @@ TABLE: Final[dict[str, dict[str, tuple[str, ...]]]] = {
         op: {"cpu": ("native", "reference"), "cuda": ("native", "reference")}
         for op in ("select", "returns", "td_loss", "optimise")
     },
-    **{op: {"cpu": ("native", "reference")} for op in ("duplex", "importance")},
     # On the CPU Triton only interprets, for tests, and "cudnn" is PyTorch's own GRU; neither is ever chosen there.
     "monotonic": {"cpu": ("native", "reference", "triton"), "cuda": ("native", "triton", "reference")},
     "recurrent": {"cpu": ("native", "reference", "cudnn"), "cuda": ("native", "cudnn", "reference")},
     **{
         op: {"cpu": ("native", "reference", "triton"), "cuda": ("triton", "reference")}
-        for op in ("attention", "recognise", "unrestricted")
+        for op in ("attention", "duplex", "importance", "recognise", "unrestricted")
     },
 }
 

@@ -314,7 +314,7 @@ class Networks {
     layers_ = scratch.take<Layer>(layers);
     first_ = scratch.take<Layer*>(count + 1);
     gathered_ = scratch.take<Gathered>(count);
-    int64_t per_thread = 0, widest = 0;  // floats of a thread's sums; inputs of a layer behind the first
+    int64_t widest = 0;  // inputs of a layer behind the first
     Layer* next = layers_;
     for (int64_t n = 0; n < count; ++n) {
       const Network<T>& net = networks[n];
@@ -322,23 +322,23 @@ class Networks {
       int64_t in = inputs.state_dim + (net.reads_actions ? one_hots() : 0) + (net.reads_extras ? inputs.extra_dim : 0);
       for (int64_t l = 0; l < net.depth; ++l, ++next) {
         const NetworkLayer<const T>& layer = net.layers[l];
-        *next = {layer.weight, layer.bias, layer.out, in, hidden_columns_, per_thread};
+        *next = {layer.weight, layer.bias, layer.out, in, hidden_columns_, weight_sums_, sums_};
         if (l + 1 < net.depth) hidden_columns_ += net.groups * layer.out;
         if (l > 0 && in > widest) widest = in;
-        if (net.grads != nullptr) per_thread += net.groups * layer.out * (in + 1);
+        if (net.grads != nullptr) weight_sums_ += net.groups * layer.out * in, sums_ += net.groups * layer.out;
         in = layer.out;
       }
       const int64_t columns = net.groups * net.layers[0].out;
       const int64_t width = net.reads_actions ? whole_vectors<T>(columns) * lanes<T> : 0;
-      gathered_[n] = {scratch.take<T>((one_hots() + 1) * width), scratch.take<T>(width), per_thread};
-      if (net.reads_actions && net.grads != nullptr) per_thread += (one_hots() + 1) * width;
+      gathered_[n] = {scratch.take<T>((one_hots() + 1) * width), scratch.take<T>(width), sums_};
+      if (net.reads_actions && net.grads != nullptr) sums_ += (one_hots() + 1) * width;
     }
     first_[count] = next;
     pack_gathered();
 
     blocks_ = scratch.take<NetworkBlock<T>>(threads);
-    sums_ = scratch.take<T*>(threads);
-    per_thread_ = per_thread;
+    thread_sums_ = scratch.take<T*>(threads);
+    thread_weight_sums_ = scratch.take<T*>(threads);
     const int64_t columns = inputs.state_dim + inputs.extra_dim;
     for (int t = 0; t < threads; ++t) {
       NetworkBlock<T>& b = *new (blocks_ + t) NetworkBlock<T>{};
@@ -350,7 +350,8 @@ class Networks {
       b.hidden_panels = scratch.take<T>(whole_vectors<T>(widest) * lanes<T> * kNetworkRows);
       b.grad_hidden = scratch.take<T>(hidden_columns_ * kNetworkRows);
       b.grad_inputs = scratch.take<T>(columns * kNetworkRows);
-      sums_[t] = scratch.take<T>(per_thread);
+      thread_sums_[t] = scratch.take<T>(sums_);
+      thread_weight_sums_[t] = t == 0 ? nullptr : scratch.take<T>(weight_sums_);
     }
   }
 
@@ -387,8 +388,17 @@ class Networks {
   // Before the first backward, outside of for_network_blocks.
   void clear_grads() const {
     parallel_parts(threads_, threads_, 1, [&](int64_t begin, int64_t end, int) {
-      for (int64_t t = begin; t < end; ++t) fill_zero(sums_[t], per_thread_);
+      for (int64_t t = begin; t < end; ++t) {
+        fill_zero(thread_sums_[t], sums_);
+        if (t > 0) fill_zero(thread_weight_sums_[t], weight_sums_);
+      }
     });
+    for (int64_t n = 0; n < count_; ++n) {
+      for (int64_t l = 0; networks_[n].grads != nullptr && l < networks_[n].depth; ++l) {
+        const Layer& layer = first_[n][l];
+        fill_zero(networks_[n].grads[l].weight, networks_[n].groups * layer.out * layer.in);
+      }
+    }
   }
 
   // Reads the rows for backward; block.grad_inputs are zeros then, to which ops may add their own.
@@ -414,9 +424,8 @@ class Networks {
     for (int64_t l = net.depth - 1; l > 0; --l) {
       const Layer& layer = first_[n][l];
       const int64_t below = first_[n][l - 1].hidden * kNetworkRows;
-      T* sums = sums_[thread] + layer.sums;
-      T* bias_sums = sums + net.groups * layer.out * layer.in;
-      if (wants) add_row_sums(grad_out, net.groups * layer.out, b.vectors, bias_sums);
+      T* sums = weight_sums(n, l, thread);
+      if (wants) add_row_sums(grad_out, net.groups * layer.out, b.vectors, thread_sums_[thread] + layer.sums);
       for (int64_t g = 0; g < net.groups; ++g) {
         const T* grads = grad_out + g * layer.out * kNetworkRows;
         const T* from = hidden + below + g * layer.in * kNetworkRows;
@@ -453,23 +462,18 @@ class Networks {
         T* weight = net.grads[l].weight;
         const int64_t gathered = l == 0 && net.reads_actions ? one_hots() : 0;
         parallel_parts(rows, threads_, 16, [&](int64_t begin, int64_t end, int) {
-          if (gathered == 0) {
-            add_up(layer.sums + begin * layer.in, (end - begin) * layer.in, weight + begin * layer.in);
-            return;
+          for (int t = 1; t < threads_; ++t) {
+            const T* from = thread_weight_sums_[t] + layer.weight_sums;
+            for (int64_t i = begin * layer.in; i < end * layer.in; ++i) weight[i] += from[i];
           }
-          const int64_t behind = inputs_.state_dim + gathered;
-          for (int64_t c = begin; c < end; ++c) {
-            add_up(layer.sums + c * layer.in, inputs_.state_dim, weight + c * layer.in);
-            add_up(layer.sums + c * layer.in + behind, layer.in - behind, weight + c * layer.in + behind);
-          }
-          for (int64_t c = begin; c < end; ++c) {
-            for (int64_t u = 0; u < gathered; ++u) {
-              const int64_t at = gathered_[n].sums + (c / lanes<T> * (gathered + 1) + u) * lanes<T> + c % lanes<T>;
-              add_up(at, 1, weight + c * layer.in + inputs_.state_dim + u);
-            }
+          for (int64_t c = begin; gathered > 0 && c < end; ++c) {
+            const int64_t at = gathered_[n].sums + c / lanes<T> * (gathered + 1) * lanes<T> + c % lanes<T>;
+            T* to = weight + c * layer.in + inputs_.state_dim;
+            for (int64_t u = 0; u < gathered; ++u) to[u] = sum_of_threads(at + u * lanes<T>);
           }
         });
-        if (net.grads[l].bias != nullptr) add_up(layer.sums + rows * layer.in, rows, net.grads[l].bias);
+        for (int64_t c = 0; net.grads[l].bias != nullptr && c < rows; ++c)
+          net.grads[l].bias[c] = sum_of_threads(layer.sums + c);
       }
     }
   }
@@ -494,8 +498,9 @@ class Networks {
   struct Layer {
     const T *weight, *bias;
     int64_t out, in;
-    int64_t hidden;  // first column of its outputs, but for the last layer
-    int64_t sums;    // of its gradients among a thread's: [G, out, in] and [G, out] behind
+    int64_t hidden;       // first column of its outputs, but for the last layer
+    int64_t weight_sums;  // [G, out, in] of its gradient among a thread's
+    int64_t sums;         // [G, out] of its bias's gradient among a thread's
   };
   struct Gathered {  // of a first layer that reads actions, its columns in whole vectors
     T* weights;      // [vectors][A * U + 1][lanes<T>], zeros at the end of each
@@ -600,11 +605,11 @@ class Networks {
     const int64_t columns = net.groups * layer.out, S = inputs_.state_dim;
     const int64_t extras = net.reads_extras ? inputs_.extra_dim : 0, behind = layer.in - extras;
     if (net.grads != nullptr) {
-      T* sums = sums_[thread] + layer.sums;
+      T* sums = weight_sums(n, 0, thread);
       network_weight_grad(grads, columns, b.state_panels, S, b.rows, sums, layer.in);
       if (extras > 0) network_weight_grad(grads, columns, b.extra_panels, extras, b.rows, sums + behind, layer.in);
-      if (net.reads_actions) scatter(b, columns, grads, sums_[thread] + gathered_[n].sums);
-      add_row_sums(grads, columns, b.vectors, sums + columns * layer.in);
+      if (net.reads_actions) scatter(b, columns, grads, thread_sums_[thread] + gathered_[n].sums);
+      add_row_sums(grads, columns, b.vectors, thread_sums_[thread] + layer.sums);
     }
     if (b.wants_states) {
       network_input_grad<T>(layer.weight, layer.in, columns, S, grads, b.vectors, true, nullptr, b.grad_inputs);
@@ -615,12 +620,16 @@ class Networks {
     }
   }
 
-  void add_up(int64_t offset, int64_t size, T* out) const {
-    for (int64_t i = 0; i < size; ++i) {
-      T total = sums_[0][offset + i];
-      for (int t = 1; t < threads_; ++t) total += sums_[t][offset + i];
-      out[i] = total;
-    }
+  // The first thread adds to the gradients themselves.
+  T* weight_sums(int64_t n, int64_t l, int thread) const {
+    if (networks_[n].grads == nullptr) return nullptr;
+    return thread == 0 ? networks_[n].grads[l].weight : thread_weight_sums_[thread] + first_[n][l].weight_sums;
+  }
+
+  T sum_of_threads(int64_t offset) const {
+    T total = thread_sums_[0][offset];
+    for (int t = 1; t < threads_; ++t) total += thread_sums_[t][offset];
+    return total;
   }
 
   const NetworkInputs<T>& inputs_;
@@ -630,9 +639,10 @@ class Networks {
   Layer* layers_;
   Layer** first_;  // [count + 1]: the networks' first layers
   Gathered* gathered_;
-  int64_t hidden_columns_ = 0, per_thread_ = 0;
+  int64_t hidden_columns_ = 0, weight_sums_ = 0, sums_ = 0;  // of a row; of a thread
   NetworkBlock<T>* blocks_;
-  T** sums_;  // [threads]
+  T** thread_sums_;         // [threads]: biases and gathered weights
+  T** thread_weight_sums_;  // [threads]: weights, null for the first
 };
 
 }  // namespace fastmix::FASTMIX_ISA

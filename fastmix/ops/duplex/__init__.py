@@ -96,6 +96,10 @@ def duplex(
 
     chosen = backends.resolve("duplex", agent_qs, backend)
     run = native.duplex if chosen == "native" else reference.duplex
+    if chosen == "triton":
+        from fastmix.ops.duplex import triton  # here, as it imports Triton
+
+        run = triton.duplex
     leading = agent_qs.shape[:-1]
     if chosen != "native" or len(leading) not in (1, 2):
         agent_qs, states = _rows(agent_qs), _rows(states)
@@ -135,6 +139,10 @@ def importance(states: Tensor, actions: Tensor, params: ImportanceParams, *, bac
     shape = actions.shape
     chosen = backends.resolve("importance", states, backend)
     run = native.importance if chosen == "native" else reference.importance
+    if chosen == "triton":
+        from fastmix.ops.duplex import triton  # here, as it imports Triton
+
+        run = triton.importance
     if chosen != "native" or len(shape) not in (2, 3):
         states, actions = _rows(states), _rows(actions)
     return run(states, actions, params).reshape(shape)
