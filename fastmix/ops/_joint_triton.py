@@ -1,7 +1,7 @@
 """A first layer over state and joint action on NVIDIA GPUs, through Triton.
 
 State and features are library products. One-hots are never built: `gather_kernel` adds the weights of the joint action,
-`scatter_kernel` sums the gradients of the rows that took each action, as a product with one-hots that exist in registers
+`scatter_kernel` sums the gradients of the rows that took each action, as a product with one-hots in registers
 only. Every result is the same from run to run.
 
 Names: ``A`` agents, ``U`` actions, ``C`` features of the layer; ``BM`` rows and ``BC`` features at once.
