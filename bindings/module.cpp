@@ -13,7 +13,6 @@ void register_recurrent(py::module_& m);
 void register_returns(py::module_& m);
 void register_select(py::module_& m);
 void register_td_loss(py::module_& m);
-void register_workspace(py::module_& m);
 }  // namespace fastmix::bindings
 
 PYBIND11_MODULE(_core, m) {
@@ -40,5 +39,4 @@ PYBIND11_MODULE(_core, m) {
   fastmix::bindings::register_returns(m);
   fastmix::bindings::register_select(m);
   fastmix::bindings::register_td_loss(m);
-  fastmix::bindings::register_workspace(m);
 }
