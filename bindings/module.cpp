@@ -16,7 +16,6 @@ void register_returns(py::module_& m);
 void register_select(py::module_& m);
 void register_td_loss(py::module_& m);
 void register_unrestricted(py::module_& m);
-void register_workspace(py::module_& m);
 }  // namespace fastmix::bindings
 
 PYBIND11_MODULE(_core, m) {
@@ -46,5 +45,4 @@ PYBIND11_MODULE(_core, m) {
   fastmix::bindings::register_select(m);
   fastmix::bindings::register_td_loss(m);
   fastmix::bindings::register_unrestricted(m);
-  fastmix::bindings::register_workspace(m);
 }

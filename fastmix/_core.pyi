@@ -46,9 +46,72 @@ class Workspace:
     """Memory of a pool that outlives calls; contents undefined."""
     def __init__(self, bytes: int) -> None: ...
 
+class WorkspaceBuffer:
+    """Memory of the pool, contents undefined."""
+    def __init__(self, arg0: int) -> None: ...
+
 compiler: str
 cuda: bool
 
+def duplex_backward_float32(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg6: Sequence[int],
+    arg7: Sequence[int],
+    arg8: Sequence[int],
+    arg9: Sequence[int],
+    arg10: int,
+    /,
+) -> None: ...
+def duplex_backward_float64(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg6: Sequence[int],
+    arg7: Sequence[int],
+    arg8: Sequence[int],
+    arg9: Sequence[int],
+    arg10: int,
+    /,
+) -> None: ...
+
+duplex_block_rows: int
+
+def duplex_forward_float32(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg6: Sequence[int],
+    arg7: bool,
+    arg8: bool,
+    arg9: Sequence[int],
+    arg10: int,
+    /,
+) -> None: ...
+def duplex_forward_float64(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg6: Sequence[int],
+    arg7: bool,
+    arg8: bool,
+    arg9: Sequence[int],
+    arg10: int,
+    /,
+) -> None: ...
 def isa() -> str:
     """Instruction set in use: 'avx512', 'avx2' or 'baseline'."""
 

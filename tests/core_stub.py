@@ -1,6 +1,6 @@
 """The typed stub of the compiled core, ``fastmix/_core.pyi``: ``python -m tests.core_stub`` writes it from the module.
 
-A test compares the two. The functions of CUDA kernels (named ``*_cuda_*``) exist only in builds with nvcc; any other
+A test compares the two. The functions of CUDA kernels (named ``*_cuda*``) exist only in builds with nvcc; any other
 build keeps what the stub already says of them.
 """
 
@@ -42,7 +42,7 @@ def render() -> str:
 
     wanted = declarations()
     if not _core.cuda:
-        wanted |= {name: text for name, text in read().items() if "_cuda_" in name}
+        wanted |= {name: text for name, text in read().items() if "_cuda" in name}
     head = '"""Compiled kernels of fastmix; written by ``python -m tests.core_stub``."""\n\n'
     imports = "from collections.abc import Sequence\n\n" if any("Sequence" in text for text in wanted.values()) else ""
     return head + imports + "\n".join(wanted[name] for name in sorted(wanted)) + "\n"

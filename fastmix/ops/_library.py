@@ -17,7 +17,7 @@ from torch import Tensor
 
 _library = torch.library.Library("fastmix", "DEF")
 
-Outputs = Tensor | tuple[Tensor, ...]
+Outputs = Tensor | tuple[Tensor | list[Tensor], ...]
 _Function = type[torch.autograd.Function]
 
 

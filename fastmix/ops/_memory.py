@@ -7,15 +7,18 @@ import math
 import torch
 from torch import Tensor
 
-_LARGE = 4 << 20
-"""bytes from which on a fresh tensor costs more in page faults than what is written into it"""
+_SMALL = 1 << 20
+"""bytes up to which the allocator of the C library keeps memory for the next call by itself"""
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Like `torch.empty` on the CPU; large tensors come from the core's pool of memory and return to it."""
-    size = math.prod(shape)
-    if size * dtype.itemsize < _LARGE:
+def kept(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory on the CPU; much of it comes out of the core's pool, which takes it back in the end.
+
+    Allocated anew in each step, tens to hundreds of megabytes would cost more in page faults than the forward pass.
+    """
+    numel = math.prod(shape)
+    if numel * dtype.itemsize <= _SMALL:
         return torch.empty(shape, dtype=dtype)
     from fastmix import _core
 
-    return torch.frombuffer(_core.WorkspaceBuffer(size * dtype.itemsize), dtype=dtype).view(shape)
+    return torch.frombuffer(_core.Workspace(numel * dtype.itemsize), dtype=dtype).view(shape)

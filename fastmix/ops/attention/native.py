@@ -62,7 +62,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """All of `AttentionOutput`, those not wanted empty; and what backward needs, empty unless ``training``."""
     shapes = _shapes(agent_qs, states, depths, own_size, return_weights, return_statistics, training, params)
-    results = [_memory.empty(shape, states.dtype) for shape in shapes]
+    results = [_memory.kept(shape, states.dtype) for shape in shapes]
     states, params = with_dense_rows(states), _networks.dense(params)
     networks = _networks.split(params, depths)
     _run_forward(

@@ -84,7 +84,7 @@ def _forward(
     The parts are empty unless there are two. Without ``agent_qs``, ``q_tot`` is the importance weights.
     """
     shapes = _shapes(agent_qs, states, actions, depths, wants_v, training, params)
-    results = [_memory.empty(shape, states.dtype) for shape in shapes]
+    results = [_memory.kept(shape, states.dtype) for shape in shapes]
     states, params = with_dense_rows(states), _networks.dense(params)
     networks = _networks.split(params, depths)
     sizes = _sizes(agent_qs, states, actions, networks)

@@ -39,8 +39,8 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """``q_r`` and ``v``; and what backward needs, empty unless ``training``: features, sums over agents, signs."""
     shapes = _shapes(states, actions, depths, training, params)
-    q_r, v, hidden, mixed = (_memory.empty(shape, states.dtype) for shape in shapes[:4])
-    signs = _memory.empty(shapes[4], torch.uint8)
+    q_r, v, hidden, mixed = (_memory.kept(shape, states.dtype) for shape in shapes[:4])
+    signs = _memory.kept(shapes[4], torch.uint8)
     states, params = with_dense_rows(states), _networks.dense(params)
     networks = _networks.split(params, depths)
     _run_forward(

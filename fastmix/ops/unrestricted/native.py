@@ -38,7 +38,7 @@ def _forward(
     params: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The joint value, and the hidden features that backward needs, empty unless ``training``."""
-    joint, hidden = (_memory.empty(shape, states.dtype) for shape in _shapes(states, depths, training, params))
+    joint, hidden = (_memory.kept(shape, states.dtype) for shape in _shapes(states, depths, training, params))
     states, params = with_dense_rows(states), _networks.dense(params)
     networks = _networks.split(params, depths)
     _run_forward(
