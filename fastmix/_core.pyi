@@ -46,10 +46,6 @@ class Workspace:
     """Memory of a pool that outlives calls; contents undefined."""
     def __init__(self, bytes: int) -> None: ...
 
-class WorkspaceBuffer:
-    """Memory of the pool, contents undefined."""
-    def __init__(self, arg0: int) -> None: ...
-
 compiler: str
 cuda: bool
 

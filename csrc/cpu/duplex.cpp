@@ -126,6 +126,8 @@ void forward(const DuplexForward<T>& p) {
         for (int64_t r = 0; r < rows; r += lanes<T>)
           store(kept + i * kNetworkRows + r, load(own + i * kNetworkRows + r));
       }
+      clear_behind(kept, z.total, block.vectors);
+      clear_behind(hidden, hidden_columns, block.vectors);
     }
   });
 }

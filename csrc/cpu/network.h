@@ -86,6 +86,14 @@ __attribute__((noinline)) void transpose_rows(const StridedRows<T>& from, int64_
   }
 }
 
+// Zeros behind the first `vectors` vectors of rows, where what is kept must not depend on what lay there.
+template <class T>
+inline void clear_behind(T* columns, int64_t count, int64_t vectors) {
+  const int64_t begin = vectors * lanes<T>;
+  for (int64_t c = 0; begin < kNetworkRows && c < count; ++c)
+    fill_zero(columns + c * kNetworkRows + begin, kNetworkRows - begin);
+}
+
 // Back: dense rows [count][columns] of columns [columns][kNetworkRows].
 template <class T>
 __attribute__((noinline)) void store_columns(const T* from, int64_t columns, int64_t count, T* out) {

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastmix import backends
-from fastmix.ops import monotonic, recurrent, returns, select, td_loss
+from fastmix.ops import duplex, importance, monotonic, recurrent, returns, select, td_loss
 from fastmix.testing import assert_close, poisoned_allocations
-from tests.generators import Shape, episodes, monotonic_params, recurrent_params
-from tests.ops.support import gradients
+from tests.generators import Shape, duplex_params, episodes, joint_actions, monotonic_params, recurrent_params
+from tests.ops.support import gradients, leaves
 
 SHAPE = Shape(3, 5, state_dim=17, obs_dim=11)
 
@@ -56,9 +56,21 @@ def run_recurrent(backend: str) -> tuple[list[Tensor], list[Tensor]]:
     return [o for out in outputs for o in out if o is not None], [p for net in nets for p in net if p is not None]
 
 
+def run_duplex(backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    params = duplex_params(SHAPE, hidden=33)
+    qs, states = torch.randn(70, 3, requires_grad=True), torch.randn(70, 17, requires_grad=True)
+    result = duplex(qs, qs.detach() + 1, states, joint_actions(SHAPE, 70), params, backend=backend)
+    return leaves(result), [qs, states, *leaves(params)]
+
+
+def run_importance(backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    params, states = duplex_params(SHAPE, hidden=33).importance, torch.randn(70, 17, requires_grad=True)
+    return [importance(states, joint_actions(SHAPE, 70), params, backend=backend)], [states, *leaves(params)]
+
+
 OPS: dict[str, Callable[[str], tuple[list[Tensor], list[Tensor]]]] = {
     "select": run_select, "returns": run_returns, "td_loss": run_td_loss,
-    "monotonic": run_monotonic, "recurrent": run_recurrent,
+    "monotonic": run_monotonic, "recurrent": run_recurrent, "duplex": run_duplex, "importance": run_importance,
 }  # fmt: skip
 
 

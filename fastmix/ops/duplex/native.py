@@ -63,8 +63,9 @@ def _call(
     tensors, depths = _networks.flatten(networks)
     training = _library.wants_grad((agent_qs, states, *tensors))
     q_tot, v_tot, adv_tot, _, _ = _duplex(
-        agent_qs, max_qs, states, actions, depths, minus_one, wants_v, training, tensors
-    )
+        agent_qs, None if max_qs is None else max_qs.detach(), states, actions,
+        depths, minus_one, wants_v, training, tensors,
+    )  # fmt: skip
     return q_tot, v_tot, adv_tot
 
 

@@ -44,8 +44,7 @@ def duplex(
     """
     wants_v = part != "adv"
     scale, shift, *networks = _networks(states, actions, params, wants_v, part != "v")
-    if part == "v":
-        max_qs = None
+    max_qs = None if max_qs is None or part == "v" else max_qs.detach()
     v, adv = _combine(agent_qs, max_qs, scale, shift, *networks, minus_one, wants_v)
     if part == "both":
         return DuplexOutput(v + adv, v, adv)
