@@ -12,9 +12,9 @@
 namespace fastmix::bindings {
 namespace {
 
-using Sizes = std::array<int64_t, 4>;       // rows, state_dim, agents, own
-using Kinds = std::array<int64_t, 3>;       // where query, head and v stand among the networks; -1: absent
-using Pair = std::array<Address, 2>;        // of the key or its gradient: weight, bias
+using Sizes = std::array<int64_t, 4>;  // rows, state_dim, agents, own
+using Kinds = std::array<int64_t, 3>;  // where query, head and v stand among the networks; -1: absent
+using Pair = std::array<Address, 2>;   // of the key or its gradient: weight, bias
 
 template <class T>
 NetworkInputs<T> inputs_of(const Sizes& sizes, const Rows& states) {
@@ -61,16 +61,15 @@ void forward(const Sizes& sizes, const Rows& agent_qs, const Rows& states, Addre
              const std::array<Address, 7>& results, int threads) {
   const NetworkInputs<T> inputs = inputs_of<T>(sizes, states);
   const NetworkList<T> list(networks, inputs);
-  const AttentionForward<T> p{
-      shape(sizes, inputs, list, kinds, key, reads_qs, softmax, agent_qs, alive, threads),
-      pointer<T>(results[0], inputs.rows, "q_tot"),
-      pointer<T>(results[1], 0, "agent_weights"),
-      pointer<T>(results[2], 0, "v"),
-      pointer<T>(results[3], 0, "squares"),
-      pointer<T>(results[4], results[3] == 0 ? 0 : inputs.rows, "entropies"),
-      pointer<T>(results[5], 0, "hidden"),
-      pointer<T>(results[6], 0, "projected"),
-      results[6] != 0};
+  const AttentionForward<T> p{shape(sizes, inputs, list, kinds, key, reads_qs, softmax, agent_qs, alive, threads),
+                              pointer<T>(results[0], inputs.rows, "q_tot"),
+                              pointer<T>(results[1], 0, "agent_weights"),
+                              pointer<T>(results[2], 0, "v"),
+                              pointer<T>(results[3], 0, "squares"),
+                              pointer<T>(results[4], results[3] == 0 ? 0 : inputs.rows, "entropies"),
+                              pointer<T>(results[5], 0, "hidden"),
+                              pointer<T>(results[6], 0, "projected"),
+                              results[6] != 0};
   check(p.v_value == nullptr || p.v >= 0, "there is no value to give");
   py::gil_scoped_release release;
   FASTMIX_DISPATCH(attention_forward, p);

@@ -19,8 +19,10 @@ NetworkInputs<T> inputs_of(const Sizes& sizes, const Rows& states, const Rows& a
   const auto [rows, state_dim, agents, n_actions] = sizes;
   check(rows >= 0 && state_dim >= 1 && agents >= 1 && n_actions >= 1, "sizes must be positive");
   check(states[4] == 1, "states must be dense in their last dimension");
-  return {rows,      strided<T>(states, rows, "states"), state_dim, strided<int64_t>(actions, rows, "actions"), agents,
-          n_actions, {},                                 0};
+  return {rows,      strided<T>(states, rows, "states"),
+          state_dim, strided<int64_t>(actions, rows, "actions"),
+          agents,    n_actions,
+          {},        0};
 }
 
 template <class T>

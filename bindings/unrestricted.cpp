@@ -58,10 +58,8 @@ void backward(const Sizes& sizes, const Rows& states, const Rows& actions, const
               Address grad_states, int threads) {
   const NetworkInputs<T> inputs = inputs_of<T>(sizes, states, actions, features);
   const NetworkList<T> list(networks, inputs);
-  const UnrestrictedBackward<T> p{shape(inputs, list, threads),
-                                  pointer<const T>(grad_joint, inputs.rows, "grad_joint"),
-                                  pointer<const T>(hidden, 0, "hidden"),
-                                  pointer<T>(grad_features, 0, "grad_features"),
+  const UnrestrictedBackward<T> p{shape(inputs, list, threads), pointer<const T>(grad_joint, inputs.rows, "grad_joint"),
+                                  pointer<const T>(hidden, 0, "hidden"), pointer<T>(grad_features, 0, "grad_features"),
                                   pointer<T>(grad_states, 0, "grad_states")};
   py::gil_scoped_release release;
   FASTMIX_DISPATCH(unrestricted_backward, p);

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastmix.algorithms import REGISTRY, Scheme, make
 from fastmix.cli import main
-from fastmix.experiments.bench import baselines, cases, report, steps, table
+from fastmix.experiments.bench import baselines, cases, joint, report, steps, table
 from fastmix.experiments.bench.parity import Error, Results, compared
 from fastmix.testing import assert_close, bench
 from fastmix.testing.bench import Timing, interleaved, speedup, summarise
@@ -197,6 +197,9 @@ def test_a_step_without_baseline_is_named(settings: dict[str, Any], named: str) 
 SMALL_CASES = [
     pytest.param(lambda: cases.monotonic("3m", 33, compiled=()), id="monotonic training"),
     pytest.param(lambda: cases.monotonic("27m_vs_30m", 3, train=False, compiled=()), id="monotonic forward"),
+    pytest.param(lambda: joint.attention("3m", 33, compiled=()), id="attention training"),
+    pytest.param(lambda: joint.unrestricted("3m", 33, train=False, compiled=()), id="unrestricted forward"),
+    pytest.param(lambda: joint.recognise("3m", 33, compiled=()), id="recognise training"),
     pytest.param(lambda: cases.recurrent("matrix"), id="recurrent training"),
     pytest.param(lambda: cases.recurrent("3m", train=False), id="recurrent forward"),
     pytest.param(lambda: cases.acting("MMM2", 3), id="acting"),
@@ -231,6 +234,12 @@ def test_products_of_monotonic_are_the_listed_ones() -> None:
     with FlopCounterMode(display=False) as counter:
         baselines.load("operators").monotonic_products(rows, A, S)()
     assert counter.get_total_flops() == rows * 2 * (2 * 192 * S + 3 * 64 * 32 * (A + 1) + 96)
+
+
+def test_products_of_small_networks_are_the_listed_ones() -> None:
+    with FlopCounterMode(display=False) as counter:
+        baselines.load("operators").network_products(5, [(7, 11)], [(11, 3), (3, 2)])()
+    assert counter.get_total_flops() == 5 * 2 * (2 * 7 * 11 + 3 * (11 * 3 + 3 * 2))
 
 
 @pytest.mark.parametrize("T", [1, 2, 5])

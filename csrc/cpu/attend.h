@@ -1,9 +1,9 @@
 // Attention over agents, for as many rows as a vector has lanes, a row in each lane: what `attention` does between the
 // networks of the state and the joint value, and the gradients of it.
 //
-// Keys are linear and so is the last layer of the queries, so the keys' weights are multiplied into it once for all rows
-// (attention.cpp): a head's query comes as u numbers to multiply an agent's u own features by, one more for its utility
-// where keys read it, and one for the keys' bias. No key is ever built.
+// Keys are linear and so is the last layer of the queries, so the keys' weights are multiplied into it once for all
+// rows (attention.cpp): a head's query comes as u numbers to multiply an agent's u own features by, one more for its
+// utility where keys read it, and one for the keys' bias. No key is ever built.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ namespace fastmix::FASTMIX_ISA {
 // either as far as there are such networks.
 struct AttendSizes {
   int64_t agents, own, heads;
-  bool reads_qs, biased;  // keys
+  bool reads_qs, biased;    // keys
   bool weighted, constant;  // heads, joint value
   bool softmax;
   int64_t embed;  // E, of the scale of logits
@@ -70,7 +70,8 @@ class Attend {
     for (int64_t h = 0; h < z_.heads; ++h) {
       attend(r, h, logits, p);
       const Vec<T> weight = head_weight(r, h);
-      for (int64_t a = 0; a < z_.agents; ++a) put(out.weights, a, h == 0 ? weight * p[a] : get(out.weights, a) + weight * p[a]);
+      for (int64_t a = 0; a < z_.agents; ++a)
+        put(out.weights, a, h == 0 ? weight * p[a] : get(out.weights, a) + weight * p[a]);
       if (out.squares != nullptr) statistics(logits, p, h, out);
     }
     Vec<T> q_tot{};

@@ -157,10 +157,13 @@ void forward(const AttentionForward<T>& p) {
     T* weights = alive + z.agents * kNetworkRows;
     T* squares = weights + z.agents * kNetworkRows;
     T* entropies = squares + z.heads * kNetworkRows;
-    T* own = statistics ? entropies + z.heads * kNetworkRows : squares;  // hidden and projected, where they are not kept
+    T* own =
+        statistics ? entropies + z.heads * kNetworkRows : squares;  // hidden and projected, where they are not kept
     T* hidden = keeps ? p.hidden + first * hidden_columns : own;
     T* projected = keeps ? p.projected + first * columns : own + hidden_columns * kNetworkRows;
-    if (keeps) clear_behind(hidden, hidden_columns, rows), clear_behind(projected, columns, rows);
+    if (keeps)
+      clear_behind(hidden, hidden_columns, whole_vectors<T>(rows)),
+          clear_behind(projected, columns, whole_vectors<T>(rows));
     NetworkBlock<T>& block = nets.block(thread);
     nets.read(block, first, rows);
     load_columns(p.agent_qs, z.agents, first, rows, qs);

@@ -117,13 +117,6 @@ __attribute__((noinline)) void store_columns(const T* from, int64_t columns, int
   }
 }
 
-// Zeros in kept columns [columns][kNetworkRows] of a block of `count` rows, where nothing is written: behind their vectors.
-template <class T>
-inline void clear_behind(T* columns, int64_t size, int64_t count) {
-  const int64_t end = whole_vectors<T>(count) * lanes<T>;
-  for (int64_t c = 0; end < kNetworkRows && c < size; ++c) fill_zero(columns + c * kNetworkRows + end, kNetworkRows - end);
-}
-
 // Panels: columns by row, kTileColumns of them side by side (the last panel may be narrower), each [kNetworkRows][..].
 // They are the right operand of a product that sums over rows; column c's panel begins at c * kNetworkRows.
 template <class T>

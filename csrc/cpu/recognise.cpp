@@ -80,8 +80,8 @@ void forward(const RecogniseForward<T>& p) {
     auto* signs =
         keeps ? reinterpret_cast<LaneBits<T>*>(p.signs + first / kNetworkRows * units * sign_bytes<T>()) : nullptr;
     if (keeps) {
-      clear_behind(hidden, hidden_columns, rows);
-      clear_behind(w2, 2 * p.embed, rows);
+      clear_behind(hidden, hidden_columns, whole_vectors<T>(rows));
+      clear_behind(w2, 2 * p.embed, whole_vectors<T>(rows));
       if (rows < kNetworkRows) __builtin_memset(signs, 0, static_cast<size_t>(units * sign_bytes<T>()));
     }
     NetworkBlock<T>& block = nets.block(thread);
@@ -138,8 +138,7 @@ void backward(const RecogniseBackward<T>& p) {
     const T* hidden = p.hidden + first * nets.hidden_columns();
     const T* w2 = p.mixed + first * 2 * p.embed;
     const T* sums = w2 + p.embed * kNetworkRows;
-    const auto* signs =
-        reinterpret_cast<const LaneBits<T>*>(p.signs + first / kNetworkRows * units * sign_bytes<T>());
+    const auto* signs = reinterpret_cast<const LaneBits<T>*>(p.signs + first / kNetworkRows * units * sign_bytes<T>());
     NetworkBlock<T>& block = nets.block(thread);
     nets.read_backward(block, first, rows, p.grad_states != nullptr, false);
     load_advantages(p, first, rows, advantages + p.agents * kNetworkRows, advantages);

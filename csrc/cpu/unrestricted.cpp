@@ -33,7 +33,7 @@ void forward(const UnrestrictedForward<T>& p) {
     T* joint = buffers + thread * per_thread;
     T* v = joint + outputs * kNetworkRows;
     T* hidden = p.hidden == nullptr ? v + kNetworkRows : p.hidden + first * hidden_columns;
-    if (p.hidden != nullptr) clear_behind(hidden, hidden_columns, rows);
+    if (p.hidden != nullptr) clear_behind(hidden, hidden_columns, whole_vectors<T>(rows));
     NetworkBlock<T>& block = nets.block(thread);
     nets.read(block, first, rows);
     nets.forward(block, 0, hidden, joint);

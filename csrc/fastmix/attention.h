@@ -38,14 +38,14 @@ struct AttentionBackward : AttentionShape<T> {
   bool own_grad;  // whether grad_states includes the agents' own features as such
   const T *grad_q_tot, *grad_agent_weights, *grad_v, *grad_squares, *grad_entropies;  // null: none
   const T *hidden, *projected;
-  T* grad_agent_qs;                  // [rows, A]; null: not wanted
-  T* grad_states;                    // [rows, S]; null: not wanted
+  T* grad_agent_qs;                    // [rows, A]; null: not wanted
+  T* grad_states;                      // [rows, S]; null: not wanted
   T *grad_key_weight, *grad_key_bias;  // as the key; with the gradients of the query's network
 };
 
 // Rows are kept in blocks of kAttentionRows: [blocks][columns][kAttentionRows], in `hidden` the networks' hidden
-// features, in `projected` [H queries on the key: u + 1 numbers, or u without a bias, one more with reads_qs | H weights of
-// heads | v], the last two as far as present.
+// features, in `projected` [H queries on the key: u + 1 numbers, or u without a bias, one more with reads_qs | H
+// weights of heads | v], the last two as far as present.
 inline constexpr int64_t kAttentionRows = 64;
 
 FASTMIX_DECLARE(void attention_forward(const AttentionForward<float>& p))

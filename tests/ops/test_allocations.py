@@ -9,9 +9,30 @@ import torch
 from torch import Tensor
 
 from fastmix import backends
-from fastmix.ops import duplex, importance, monotonic, recurrent, returns, select, td_loss
+from fastmix.ops import (
+    attention,
+    duplex,
+    importance,
+    monotonic,
+    recognise,
+    recurrent,
+    returns,
+    select,
+    td_loss,
+    unrestricted,
+)
 from fastmix.testing import assert_close, poisoned_allocations
-from tests.generators import Shape, duplex_params, episodes, joint_actions, monotonic_params, recurrent_params
+from tests.generators import (
+    Shape,
+    attention_params,
+    duplex_params,
+    episodes,
+    joint_actions,
+    monotonic_params,
+    recogniser_params,
+    recurrent_params,
+    unrestricted_params,
+)
 from tests.ops.support import gradients, leaves
 
 SHAPE = Shape(3, 5, state_dim=17, obs_dim=11)
@@ -68,9 +89,32 @@ def run_importance(backend: str) -> tuple[list[Tensor], list[Tensor]]:
     return [importance(states, joint_actions(SHAPE, 70), params, backend=backend)], [states, *leaves(params)]
 
 
+def run_attention(backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    params = attention_params(SHAPE, 5, embed=9, hidden=33)
+    qs, states = torch.randn(70, 3, requires_grad=True), torch.randn(70, 17, requires_grad=True)
+    out = attention(
+        qs, states, params, own_size=5, own_grad=True, return_weights=True, return_statistics=True, backend=backend
+    )
+    return leaves(out), [qs, states, *leaves(params)]
+
+
+def run_unrestricted(backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    params = unrestricted_params(17 + 3 * 5 + 4, 17, 33, outputs=2, constant=9)
+    features, states = torch.randn(70, 4, requires_grad=True), torch.randn(70, 17, requires_grad=True)
+    joint = unrestricted(features, states, params, actions=joint_actions(SHAPE, 70), backend=backend)
+    return [joint], [features, states, *leaves(params)]
+
+
+def run_recognise(backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    params, states = recogniser_params(SHAPE, 9, 33), torch.randn(70, 17, requires_grad=True)
+    out = recognise(torch.randn(70, 3), torch.randn(70, 3), states, joint_actions(SHAPE, 70), params, backend=backend)
+    return list(out), [states, *leaves(params)]
+
+
 OPS: dict[str, Callable[[str], tuple[list[Tensor], list[Tensor]]]] = {
     "select": run_select, "returns": run_returns, "td_loss": run_td_loss,
     "monotonic": run_monotonic, "recurrent": run_recurrent, "duplex": run_duplex, "importance": run_importance,
+    "attention": run_attention, "unrestricted": run_unrestricted, "recognise": run_recognise,
 }  # fmt: skip
 
 

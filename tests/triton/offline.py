@@ -218,7 +218,8 @@ def _call_joint(case: Case, dtype: torch.dtype) -> None:
     by_agent, alive, own = new(N, A), torch.empty(N, A, dtype=torch.bool), S // A
     inputs = (by_agent, new(N, S), new(heads, N, own + 2), new(N, heads), alive, own, True, True)
     results = attention._forward(*inputs, True, True, 0.5)
-    attention._backward_forward(*results, *inputs, True, 0.5)
+    backward: Any = attention._backward_forward
+    backward(*results, *inputs, True, 0.5)
     generated = (by_agent, by_agent, new(N, A * case.embed), new(N, case.embed))
     recogniser._backward_forward(recogniser._forward(*generated), *generated)
 

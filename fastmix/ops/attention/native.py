@@ -198,7 +198,7 @@ def _fake(agent_qs: Tensor, states: Tensor, alive: Tensor | None, *rest: Any) ->
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    agent_qs, states, depths, wants, wants_qs, wants_states, params = *args[5:7], args[10], *args[14:]
+    (agent_qs, states), depths, (wants, wants_qs, wants_states, params) = args[5:7], args[10], args[14:]
     grad_qs, grad_states, grads = _empty_grads(agent_qs, states, depths, wants, wants_qs, wants_states, params)
     return grad_qs, grad_states, [grad for network in grads for grad in network]
 

@@ -161,7 +161,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_q_r: Tensor | None, grad_v: Tensor | None, *_: None) -> tuple[Any, ...]:
     if not hasattr(ctx, "wants"):
         raise RuntimeError("fastmix::recognise was called with training=False and cannot be differentiated")
-    *tensors, params = *ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
+    tensors, params = ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
     if grad_q_r is None and grad_v is None:
         return (*(None,) * 6, [None] * len(params))
     weighs = grad_q_r is not None

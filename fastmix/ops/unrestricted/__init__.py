@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -59,11 +61,7 @@ def unrestricted(
     leading = states.shape[:-1]
     chosen = backends.resolve("unrestricted", states, backend)
     if chosen != "native" or len(leading) not in (1, 2):
-        rows = leading.numel()
-        features, states, actions = (
-            None if tensor is None else tensor.reshape(rows, tensor.shape[-1]) for tensor in (features, states, actions)
-        )
-        assert states is not None
+        features, states, actions = _rows(features), _rows(states), _rows(actions)
     run = reference.unrestricted
     if chosen == "native":
         run = native.unrestricted
@@ -73,6 +71,14 @@ def unrestricted(
         run = triton.unrestricted
     joint = run(features, states, actions, params, n_actions)
     return joint if states.shape[:-1] == leading else joint.reshape(*leading, joint.shape[-1])
+
+
+@overload
+def _rows(tensor: Tensor) -> Tensor: ...
+@overload
+def _rows(tensor: Tensor | None) -> Tensor | None: ...
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
 def _check_types(features: Tensor | None, states: Tensor, params: UnrestrictedParams) -> None:

@@ -142,7 +142,7 @@ def _fake(features: Tensor | None, states: Tensor, actions: Tensor | None, *rest
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    features, states, depths, wants, wants_features, wants_states, params = *args[1:3], args[5], *args[7:]
+    _, features, states, _, _, depths, _, wants, wants_features, wants_states, params = args
     grad_features, grad_states, grads = _empty_grads(
         features, states, depths, wants, wants_features, wants_states, params
     )

@@ -123,10 +123,10 @@ def test_compiles_whole(make: Callable[[], Any]) -> None:
 
     torch.compiler.reset()
     results = [everything(), torch.compile(everything, fullgraph=True, backend="aot_eager")()]
-    for pair in zip(*results, strict=True):
-        assert_close(*pair, FLOAT32)
-    for pair in zip(*(gradients(result, problem.inputs) for result in results), strict=True):
-        assert_close(*pair, 10 * FLOAT32, zero=1e-4)
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want, FLOAT32)
+    for got, want in zip(*(gradients(result, problem.inputs) for result in results), strict=True):
+        assert_close(got, want, 10 * FLOAT32, zero=1e-4)
 
 
 def test_strides_of_any_kind() -> None:
