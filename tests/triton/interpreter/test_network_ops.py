@@ -16,6 +16,8 @@ from tests.ops import test_attention, test_unrestricted
 from tests.ops.support import gradients, leaves
 
 FLOAT32 = 1e-6
+GRADIENTS = 5e-5
+"""Some are a single sum over rows in which terms cancel."""
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,7 @@ def check(problem: Any) -> None:
     for i, pair in enumerate(zip(got, want, strict=True)):
         assert_close(*pair, FLOAT32, name=f"output {i}", zero=1e-6)  # as the entropy of one agent
     for i, pair in enumerate(zip(grads, gradients(want, problem.inputs), strict=True)):
-        assert_close(*pair, 10 * FLOAT32, name=f"gradient of input {i}", zero=1e-4)
+        assert_close(*pair, GRADIENTS, name=f"gradient of input {i}", zero=1e-4)
 
 
 @pytest.mark.parametrize("form", test_attention.FORMS)
@@ -55,7 +57,7 @@ def test_attention_gives_its_results_one_by_one() -> None:
     for i, pair in enumerate(zip(*results, strict=True)):
         ours, wanted = (gradients(result, problem.inputs) for result in pair)
         for k, (got, want) in enumerate(zip(ours, wanted, strict=True)):
-            assert_close(got, want, 10 * FLOAT32, name=f"output {i}, gradient of input {k}", zero=1e-4)
+            assert_close(got, want, GRADIENTS, name=f"output {i}, gradient of input {k}", zero=1e-4)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -126,7 +128,7 @@ def test_compiles_whole(make: Callable[[], Any]) -> None:
     for got, want in zip(*results, strict=True):
         assert_close(got, want, FLOAT32)
     for got, want in zip(*(gradients(result, problem.inputs) for result in results), strict=True):
-        assert_close(got, want, 10 * FLOAT32, zero=1e-4)
+        assert_close(got, want, GRADIENTS, zero=1e-4)
 
 
 def test_strides_of_any_kind() -> None:
