@@ -222,7 +222,8 @@ def test_contestants_of_a_case_compute_the_same(build: Any) -> None:
         for index, (value, ours) in enumerate(zip(values, results["ours"], strict=True)):
             if case.op == "recurrent" and case.phase == "forward" and name != "ours":
                 value = value.view(ours.shape[1], -1, *ours.shape[2:]).transpose(0, 1)  # time first
-            assert_close(value.reshape(ours.shape), ours, 1e-5, name=f"{name}, result {index}")
+            # Zero is what a softmax's argument gets that is the same for all agents.
+            assert_close(value.reshape(ours.shape), ours, 1e-5, name=f"{name}, result {index}", zero=1e-7)
 
 
 def flat(result: Any) -> list[Tensor]:

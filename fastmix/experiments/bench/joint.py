@@ -38,6 +38,8 @@ class Problem(NamedTuple):
     """inputs and outputs of the first layers, those over the same inputs merged"""
     later: list[tuple[int, int]]
     """and of the others"""
+    idle: Callable[[Any], list[Tensor]] = lambda module: []
+    """parameters of the module that do not move the value: their gradients are rounding, and are not compared"""
 
 
 def attention(
@@ -71,6 +73,7 @@ def attention(
         arguments,
         [(sizes.state_dim, (heads + 1) * hidden + embed)],
         [*[(hidden, embed), (embed, own)] * heads, (hidden, heads), (embed, 1)],
+        lambda module: [key.bias for key in module.key_embedding_layers],  # they move all logits of a head alike
     )
     return _case("attention", shape, rows, train, setting, compiled, problem)
 
@@ -170,8 +173,9 @@ def _errors(problem: Problem, cotangent: Tensor, setting: Setting) -> Mapping[st
         return cotangent * ~near_zero(arguments).unsqueeze(1)
 
     def results(call: Callable[..., Tensor], inputs: tuple[Tensor, ...], module: nn.Module) -> Results:
-        value = call(*inputs)
-        return [value], torch.autograd.grad(value, _leaves(inputs, module), upstream().to(value.dtype))
+        value, idle = call(*inputs), {id(tensor) for tensor in problem.idle(module)}
+        leaves = [tensor for tensor in _leaves(inputs, module) if id(tensor) not in idle]
+        return [value], torch.autograd.grad(value, leaves, upstream().to(value.dtype))
 
     ours = partial(results, lambda *inputs: problem.ours(*inputs, problem.module), problem.inputs, problem.module)
     public = partial(results, problem.module, problem.inputs, problem.module)
