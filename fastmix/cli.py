@@ -1,4 +1,4 @@
-"""The command line: ``fastmix train | evaluate | reproduce | bench | profile | doctor``.
+"""The command line: ``fastmix train | evaluate | reproduce | report | bench | profile | doctor``.
 
 Each command is a module with ``add_arguments(parser)`` and ``run(args) -> int``, imported only when it is the one asked
 for: ``fastmix --help`` loads neither torch nor anything that needs it.
@@ -19,7 +19,11 @@ from fastmix import __version__
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "train": ("fastmix.experiments.train", "train an algorithm on an environment, one seed or several"),
     "evaluate": ("fastmix.experiments.evaluate", "play greedy episodes with what a run has learnt"),
-    "reproduce": ("fastmix.experiments.reproduce", "run a table of the papers and print ours beside theirs"),
+    "reproduce": (
+        "fastmix.experiments.reproduce",
+        "run a table or figure of the papers and print ours beside theirs",
+    ),
+    "report": ("fastmix.experiments.report", "learning curves and a table of runs, over their seeds"),
     "bench": ("fastmix.experiments.bench", "time a learner step against the same step written the public way"),
     "profile": ("fastmix.experiments.profile", "where a learner step, or a function of yours, spends its time"),
     "doctor": ("fastmix.doctor", "what is installed, what works, and the command that mends the rest"),
@@ -31,6 +35,8 @@ examples:
   fastmix train --resume runs/matrix-resq1/qmix/run-1
   fastmix evaluate runs/matrix-resq1/qmix/run-1 --checkpoint best
   fastmix reproduce matrix1
+  fastmix reproduce prey --algos qmix powqmix --punishments 0 -2 --seeds 2 --steps 1000000
+  fastmix report runs/prey-p-2
 
 fastmix <command> --help lists a command's options."""
 

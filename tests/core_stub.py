@@ -1,7 +1,7 @@
 """The typed stub of the compiled core, ``fastmix/_core.pyi``: ``python -m tests.core_stub`` writes it from the module.
 
-A test compares the two. The functions of CUDA kernels (named ``*_cuda*``) exist only in builds with nvcc; any other
-build keeps what the stub already says of them.
+A test compares the two. The functions of CUDA kernels (``_cuda`` is in their names) exist only in builds with nvcc;
+any other build keeps what the stub already says of them.
 """
 
 from __future__ import annotations

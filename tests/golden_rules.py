@@ -22,6 +22,7 @@ from fastmix.ops import returns
 from fastmix.testing import assert_close, poisoned_allocations, rms_ratio
 from fastmix.testing.compare import ZERO
 from fastmix.testing.golden import Golden
+from tests.prey_golden import check_stag_hunt
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
 
@@ -29,7 +30,6 @@ PENDING: Mapping[str, str] = {
     "resz.*": "arrives with ResZ",
     "dfac.*": "arrives with DDN and DMIX",
     "refil.*": "arrives with REFIL",
-    "env.stag_hunt": "arrives with predator-prey",
 }
 """Kinds (as `label` names them) that are not implemented yet, and with what they come."""
 
@@ -818,5 +818,6 @@ RULES: Mapping[str, Rule] = {
     "resq.learner": _rule(check_resq, *_STEP, "monotonic", "unrestricted", "attention"),
     "replay_ring": Rule(check_replay_ring, (), (torch.float64,)),
     "epsilon_schedule": Rule(check_epsilon_schedule, (), (torch.float64,)),
+    "env.stag_hunt": Rule(check_stag_hunt, (), (torch.float64,)),
 }
 """Kind (as `label` names it) -> how it is checked."""

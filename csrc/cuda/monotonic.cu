@@ -17,19 +17,29 @@
 // and holds of each hidden layer both the values and the sum of the gradients; two tiles of rows would not fit beside
 // each other, and reading the activations and writing their gradients takes as long as shared memory does.
 #include "cuda/launch.h"
-#include "cuda/mma.cuh"
+#include "cuda/ptx.h"
 #include "fastmix/monotonic.h"
 
 namespace fastmix {
 namespace {
 
 using FASTMIX_ISA::ceil_div;
+using FASTMIX_ISA::copies_arrived;
+using FASTMIX_ISA::copy_async;
 using FASTMIX_ISA::current_device;
 using FASTMIX_ISA::Device;
+using FASTMIX_ISA::end_copies;
 using FASTMIX_ISA::kAllLanes;
+using FASTMIX_ISA::keep;
+using FASTMIX_ISA::kTooOld;
 using FASTMIX_ISA::kWarp;
 using FASTMIX_ISA::launch;
 using FASTMIX_ISA::launched;
+using FASTMIX_ISA::load2_if;
+using FASTMIX_ISA::load_if;
+using FASTMIX_ISA::multiply_tf32;
+using FASTMIX_ISA::prefetch;
+using FASTMIX_ISA::to_tf32;
 
 constexpr int kStep = MonotonicPacked::kFirstStep, kMatrix = MonotonicPacked::kMatrix;
 constexpr int kForward = MonotonicPacked::kForward, kUnit = MonotonicPacked::kUnit;
@@ -75,11 +85,14 @@ __device__ __forceinline__ float rounded(float x) {
 }
 
 // c[m][first], c[m][first + 1] += a[m] b for M tiles of rows, of a pair of column tiles whose fragments lie together.
-template <bool kFull, int M, int N>
+// The matrix unit cuts its sums off, always towards zero, which adds up in long sums: with kRounds the three products
+// of full precision start from zero and are added by rounding. (The first layer has no registers left for that.)
+template <bool kFull, bool kRounds, int M, int N>
 __device__ __forceinline__ void multiply(float (&c)[M][N][4], int first, const Operand<4> (&a)[M], const float* pair) {
   const float4 v = *reinterpret_cast<const float4*>(pair);
   const float even[2] = {v.x, v.y}, odd[2] = {v.z, v.w};
   const Operand<2> b[2] = {operand<kFull>(even), operand<kFull>(odd)};
+  float part[M][2][4] = {};
 #pragma unroll
   for (int product = kFull ? 0 : 2; product < 3; ++product) {  // the small ones first
 #pragma unroll
@@ -87,8 +100,16 @@ __device__ __forceinline__ void multiply(float (&c)[M][N][4], int first, const O
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float (&b_part)[2] = product == 1 ? b[i].low : b[i].high;
-        mma_tf32(c[m][first + i], product == 0 ? a[m].low : a[m].high, b_part[0], b_part[1]);
+        float (&sum)[4] = kFull && kRounds ? part[m][i] : c[m][first + i];
+        multiply_tf32(sum, product == 0 ? a[m].low : a[m].high, b_part[0], b_part[1]);
       }
+    }
+  }
+  if constexpr (kFull && kRounds) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) c[m][first + i / 4][i % 4] += part[m][i / 4][i % 4];
     }
   }
 }
@@ -267,13 +288,13 @@ __device__ __forceinline__ void generate(float (&z)[M][N][4], float (&h)[M][kHid
     for (int m = 0; m < M; ++m) {
       if constexpr (kFull && M > 1) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) opaque(h[m][k][i]);  // or all are split once for all units, which spills
+        for (int i = 0; i < 4; ++i) keep(h[m][k][i]);  // or all are split once for all units, which spills
       }
       a[m] = operand<kFull>(h[m][k]);
     }
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
-      multiply<kFull>(z, n, a, unit + ((k * kEmbedTiles / 2 + pair + n / 2) * kWarp + lane) * 4);
+      multiply<kFull, false>(z, n, a, unit + ((k * kEmbedTiles / 2 + pair + n / 2) * kWarp + lane) * 4);
     }
   }
 }
@@ -333,6 +354,7 @@ struct InPair {
 constexpr int kPair = 4 * kWarp;
 
 __global__ void __launch_bounds__(kPackThreads) pack_kernel(const MonotonicPackCuda p, const MonotonicPacked at) {
+  if (kTooOld) return;
   const int64_t i = int64_t{blockIdx.x} * kPackThreads + threadIdx.x;
   if (i >= at.total) return;
   float value = 0;
@@ -399,6 +421,7 @@ __device__ __forceinline__ void load_states(float (&a)[2][4], const float* const
 template <bool kFull, bool kEven>
 __global__ void __launch_bounds__(2 * kMostPairs * kWarp, 1)
     forward_kernel(const MonotonicForwardCuda p, const MonotonicPacked at, const Cut cut) {
+  if (kTooOld) return;
   extern __shared__ __align__(16) float memory[];
   const int lane = static_cast<int>(threadIdx.x % kWarp), g = lane / 4, t = lane % 4;
   const int pair = static_cast<int>(threadIdx.x / (2 * kWarp)), pairs = static_cast<int>(blockDim.x / (2 * kWarp));
@@ -452,7 +475,7 @@ __global__ void __launch_bounds__(2 * kMostPairs * kWarp, 1)
       }
       load_states<kEven>(ahead[i % kAhead], states, 8 * (i + kAhead), left);
 #pragma unroll
-      for (int j = 0; j < 12; j += 2) multiply<kFull>(c, j, a, weights + i * kStep + j / 2 * kPair);
+      for (int j = 0; j < 12; j += 2) multiply<kFull, false>(c, j, a, weights + i * kStep + j / 2 * kPair);
     };
     int steps = chunks.n_steps;
     for (; steps >= kSteps; steps -= kSteps) {
@@ -690,13 +713,14 @@ __device__ __forceinline__ void go_back(float (&dh)[1][kHiddenTiles][4], const f
   const Operand<4> a[1] = {operand<kFull>(dz)};
 #pragma unroll
   for (int n = 0; n < kHiddenTiles; n += 2) {
-    multiply<kFull>(dh, n, a, transposed + ((tile * kHiddenTiles / 2 + n / 2) * kWarp + lane) * 4);
+    multiply<kFull, true>(dh, n, a, transposed + ((tile * kHiddenTiles / 2 + n / 2) * kWarp + lane) * 4);
   }
 }
 
 template <bool kFull>
 __global__ void __launch_bounds__((kFull ? kMostWarpsFull : kMostWarps) * kWarp, 1)
     backward_rows_kernel(const MonotonicBackwardRowsCuda p, const MonotonicPacked at, const Cut cut) {
+  if (kTooOld) return;
   extern __shared__ __align__(16) float memory[];
   int thread = static_cast<int>(threadIdx.x);
   const int agents = static_cast<int>(p.agents);
@@ -718,7 +742,7 @@ __global__ void __launch_bounds__((kFull ? kMostWarpsFull : kMostWarps) * kWarp,
   look_ahead(blockIdx.x);
 
   for (int tile = blockIdx.x; tile < cut.tiles; tile += gridDim.x) {
-    opaque(thread);  // or what follows from it stays in registers for all tiles, which spills
+    keep(thread);  // or what follows from it stays in registers for all tiles, which spills
     const int warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
     const int first_row = tile * tile_rows + warp * kRows + g;
     if (tile + static_cast<int>(gridDim.x) < cut.tiles) look_ahead(tile + gridDim.x);

@@ -13,22 +13,28 @@
 //
 // Parts follow from the sizes and the number of multiprocessors alone and are added in a fixed order, so every run
 // gives the same bits. Operands come to shared memory by asynchronous copies some tiles ahead. Rows of a tile are 8
-// (modulo 32) floats apart there: what the lanes of a fragment (mma.cuh) read, four rows of eight columns, falls into
+// (modulo 32) floats apart there: what the lanes of a fragment (ptx.h) read, four rows of eight columns, falls into
 // 32 banks.
 #include "cuda/launch.h"
-#include "cuda/mma.cuh"
+#include "cuda/ptx.h"
 #include "fastmix/monotonic.h"
 
 namespace fastmix {
 namespace {
 
 using FASTMIX_ISA::ceil_div;
+using FASTMIX_ISA::copies_arrived;
+using FASTMIX_ISA::copy_async;
 using FASTMIX_ISA::current_device;
 using FASTMIX_ISA::Device;
+using FASTMIX_ISA::end_copies;
 using FASTMIX_ISA::kAllLanes;
+using FASTMIX_ISA::kTooOld;
 using FASTMIX_ISA::kWarp;
 using FASTMIX_ISA::launch;
 using FASTMIX_ISA::launched;
+using FASTMIX_ISA::multiply_tf32;
+using FASTMIX_ISA::to_tf32;
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kStep = 8;             // rows of one product
@@ -87,11 +93,16 @@ struct FragmentA {
 template <bool kFull>
 __device__ __forceinline__ void multiply(float (&c)[4], const FragmentA<kFull>& a, const Operand<kFull>& b0,
                                          const Operand<kFull>& b1) {
-  if constexpr (kFull) {  // the small ones first
-    mma_tf32(c, a.low, b0.high, b1.high);
-    mma_tf32(c, a.high, b0.low, b1.low);
+  if constexpr (kFull) {  // the small ones first; added by rounding, as the matrix unit cuts its sums off
+    float part[4] = {};
+    multiply_tf32(part, a.low, b0.high, b1.high);
+    multiply_tf32(part, a.high, b0.low, b1.low);
+    multiply_tf32(part, a.high, b0.high, b1.high);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[i] += part[i];
+  } else {
+    multiply_tf32(c, a.high, b0.high, b1.high);
   }
-  mma_tf32(c, a.high, b0.high, b1.high);
 }
 
 // Row by row, where each begins; only the first one takes a division.
@@ -387,6 +398,7 @@ __device__ __forceinline__ void store_part(SecondSums<kSlots + 1>& sums, const S
 
 template <int kSlots, bool kFull>
 __global__ void __launch_bounds__(kThreads, 1) second_layer_kernel(const Problem p, const Cut cut) {
+  if (kTooOld) return;
   extern __shared__ __align__(16) float memory[];
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int g = lane / 4, t = lane % 4, column = warp % 4 * 8 + g, slice = warp / 4;
@@ -455,6 +467,7 @@ __device__ __forceinline__ void copy_states(float* to, const float* from, int co
 // `width`: floats that one copy of the states may take.
 template <int kTiles, bool kFull>
 __global__ void __launch_bounds__(kThreads, 1) first_layer_kernel(const Problem p, const Cut cut, int width) {
+  if (kTooOld) return;
   constexpr int kStates = 16 * kTiles, kStride = kStates + 8;
   extern __shared__ __align__(16) float memory[];
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;

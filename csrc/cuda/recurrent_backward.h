@@ -106,7 +106,7 @@ struct BackwardMemory {
   float* x_unit;                 // [stage][rows]
   float* grad_q;                 // [stage][rows][output_stride]
   float* grad_states;            // [stage][rows][D]
-  uint4* fc2;                    // [8 outputs][slice][plane][lane]
+  float4* fc2;                   // [8 outputs][slice][plane][lane]
   int64_t *result, *grad_q_row;  // [rows]
   int64_t bytes;
 
@@ -125,7 +125,7 @@ struct BackwardMemory {
     x_unit = arrays.take<float>(stages * rows);
     grad_q = arrays.take<float>(outputs == 0 ? 0 : stages * rows * output_stride(outputs));
     grad_states = arrays.take<float>(with_states ? stages * rows * kWidth : 0);
-    fc2 = arrays.take<uint4>((outputs + 7) / 8 * kSlices * kPlanes * kLanes);
+    fc2 = arrays.take<float4>((outputs + 7) / 8 * kSlices * kPlanes * kLanes);
     result = arrays.take<int64_t>(rows);
     grad_q_row = arrays.take<int64_t>(rows);
     bytes = arrays.bytes();
@@ -309,9 +309,9 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
   // that, wait(false) in every step waits for one more.
   const auto wait = [&](bool first_of_all) {
     if (stages == 4) {
-      first_of_all ? wait_copies<3>() : wait_copies<2>();
+      first_of_all ? copies_arrived<3>() : copies_arrived<2>();
     } else {
-      first_of_all ? wait_copies<1>() : wait_copies<0>();
+      first_of_all ? copies_arrived<1>() : copies_arrived<0>();
     }
   };
 
@@ -330,7 +330,7 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
       for (int plane = 0; plane < kPlanes; ++plane) {
         const auto& part = weights.part[plane];
         shared.fc2[((k * kSlices + slice) * kPlanes + plane) * kLanes + lane] =
-            make_uint4(part[0], part[1], part[2], part[3]);
+            make_float4(part[0], part[1], part[2], part[3]);
       }
     }
 
@@ -350,14 +350,14 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
         const float* from = grad_q_from + shared.grad_q_row[i] + thread % kPerRow * network.grad_q_stride[3];
 #pragma unroll 1
         for (int output = thread % kPerRow; output < outputs; output += kPerRow) {
-          copy_4(to + output, from, true);
+          copy_async<4>(to + output, from, true);
           from += kPerRow * network.grad_q_stride[3];
         }
       }
 #pragma unroll 1
       for (int i = thread; network.grad_hidden_states != nullptr && i < valid * kWidth; i += kThird) {
         const int64_t from = (shared.result[i / kWidth] + (steps - 1 - step) * p.agents) * kWidth + i % kWidth;
-        copy_4(shared.grad_states + stage * tile_rows * kWidth + i, network.grad_hidden_states + from, true);
+        copy_async<4>(shared.grad_states + stage * tile_rows * kWidth + i, network.grad_hidden_states + from, true);
       }
       row_from -= rows;
       grad_q_from -= network.grad_q_stride[1];
@@ -365,7 +365,7 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
     // What this third works on lies one step further ahead than its group.
     const auto load = [&](int step) {
       load_step(step + 1);
-      close_copies();
+      end_copies();
     };
     float largest_unit = 0;
     const auto send_gates = [&](int step) {
@@ -396,7 +396,7 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
           Tf32<kPlanes, 4> weights;
 #pragma unroll
           for (int plane = 0; plane < kPlanes; ++plane) {
-            const uint4 v = shared.fc2[((k * kSlices + slice) * kPlanes + plane) * kLanes + lane];
+            const float4 v = shared.fc2[((k * kSlices + slice) * kPlanes + plane) * kLanes + lane];
             auto& part = weights.part[plane];
             part[0] = v.x, part[1] = v.y, part[2] = v.z, part[3] = v.w;
           }
@@ -452,7 +452,7 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
       meet(kThreads);
     }
     leave(steps - 1);
-    wait_copies<0>();
+    copies_arrived<0>();
     largest_unit = fmaxf(largest_unit, __shfl_xor_sync(0xffffffffu, largest_unit, 1));
     largest_unit = fmaxf(largest_unit, __shfl_xor_sync(0xffffffffu, largest_unit, 2));
     if (thread == 0) work.largest[2 * blockIdx.x + 1] = largest_unit;
@@ -468,7 +468,7 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
   const auto load = [&](int step) {
     if (step < steps) shared.states.load(step, states_from, valid, thread);
     states_from -= rows * kPlanes * kWidth;
-    close_copies();
+    end_copies();
   };
   const auto send_slopes = [&](int step) {
     if (step >= steps) return;
@@ -521,7 +521,7 @@ __global__ void __launch_bounds__(6 * kWidth, 1)
     wait(false);
     meet(kThreads);
   }
-  wait_copies<0>();
+  copies_arrived<0>();
 }
 
 // ---- Weights' gradients: products over all rows and steps ----
@@ -544,7 +544,7 @@ __device__ __forceinline__ void load_matrix(unsigned char* to, const uint16_t* f
     const int piece = i % kPieces, plane = i / kPieces % kPlanes, row = i / (kPieces * kPlanes);
     const bool exists = row < valid;
     const uint16_t* source = from + (row * kFromPlanes + plane) * kFrom + 8 * piece;
-    copy_16(to + (plane * kBlockRows + row) * kMatrixBytes<kWidth> + 16 * piece, exists ? source : from, exists);
+    copy_async<16>(to + (plane * kBlockRows + row) * kMatrixBytes<kWidth> + 16 * piece, exists ? source : from, exists);
   }
 }
 
@@ -614,8 +614,8 @@ __device__ __forceinline__ void states_gradients(const RecurrentCudaBackward& p,
           &stage.states[0][0][0], saved.states + first * kPlanes * kWidth, rows_left(first, states));
       if (threadIdx.x < kBlockRows) {
         const int i = static_cast<int>(threadIdx.x);
-        copy_4(&stage.unit[i], work.unit + row + (i < valid ? i : 0), i < valid);
-        copy_4(&stage.x_unit[i], saved.x_unit + row + (i < valid ? i : 0), i < valid);
+        copy_async<4>(&stage.unit[i], work.unit + row + (i < valid ? i : 0), i < valid);
+        copy_async<4>(&stage.x_unit[i], saved.x_unit + row + (i < valid ? i : 0), i < valid);
       }
       constexpr int kPerRow = 16;  // threads
 #pragma unroll
@@ -628,12 +628,12 @@ __device__ __forceinline__ void states_gradients(const RecurrentCudaBackward& p,
             network.grad_q + index(exists ? behind : 0).offset(network.grad_q_stride) + own * network.grad_q_stride[3];
 #pragma unroll 1
         for (int output = own; output < outputs; output += kPerRow) {
-          copy_4(grad_q + (at * kBlockRows + i) * stride + output, from, exists);
+          copy_async<4>(grad_q + (at * kBlockRows + i) * stride + output, from, exists);
           from += kPerRow * network.grad_q_stride[3];
         }
       }
     }
-    close_copies();
+    end_copies();
   };
 
   const bool is_input = warp < kSlices;
@@ -646,7 +646,7 @@ __device__ __forceinline__ void states_gradients(const RecurrentCudaBackward& p,
   int64_t block = blockIdx.x;
   for (int at = 0; at < kGradientStages - 1; ++at) load(block + at * plan.states_blocks, at);
   for (int at = 0; block * kBlockRows < states; block += plan.states_blocks, at = (at + 1) % kGradientStages) {
-    wait_copies<kGradientStages - 2>();
+    copies_arrived<kGradientStages - 2>();
     __syncthreads();
     load(block + (kGradientStages - 1) * plan.states_blocks, (at + kGradientStages - 1) % kGradientStages);
 
@@ -721,7 +721,7 @@ __device__ __forceinline__ void states_gradients(const RecurrentCudaBackward& p,
         for (int i = 0; i < 2; ++i) {
           const unsigned char* half = &stage.states[plane][k + t + 4 * i][2 * (8 * warp + g)];
           const float value = unpack_half(*reinterpret_cast<const uint16_t*>(half)).x;
-          state.part[plane][i] = __float_as_uint(plane == 0 ? value : value * kLowUnit);
+          state.part[plane][i] = plane == 0 ? value : value * kLowUnit;
         }
       }
 #pragma unroll
@@ -738,7 +738,7 @@ __device__ __forceinline__ void states_gradients(const RecurrentCudaBackward& p,
       for (int i = 0; i < kBlockRows; ++i) output_bias += from[i * stride + threadIdx.x];
     }
   }
-  wait_copies<0>();
+  copies_arrived<0>();
 
   const StatesPart part(kWidth, outputs);
   float* to = work.states_part + blockIdx.x * part.size;
@@ -789,7 +789,7 @@ struct InputsStage {
 template <int kWidth, int kPlanes>
 struct InputsMemory {
   InputsStage<kWidth, kPlanes> stage[kGradientStages];
-  uint32_t grad_x[kPlanes][kBlockRows][kWidth + 8];  // factors of multiply_tf32
+  float grad_x[kPlanes][kBlockRows][kWidth + 8];  // factors of multiply_tf32
 };
 
 // Gradients of fc1 with its bias, and of the input layer's sums where wanted. First the gradient of 16 rows of x, one
@@ -832,18 +832,18 @@ __device__ __forceinline__ void inputs_gradients(const RecurrentCudaBackward& p,
       const float* from = p.obs + place.offset(p.obs_stride) + first_column + own;
 #pragma unroll 4
       for (int column = own; column < n_obs; column += kPerRow) {
-        copy_4(obs + (at * kBlockRows + i) * stride + column, from, exists);
+        copy_async<4>(obs + (at * kBlockRows + i) * stride + column, from, exists);
         from += kPerRow;
       }
       if (own == 0) {
-        copy_4(&stage.unit[i], work.unit + first + (exists ? i : 0), exists);
+        copy_async<4>(&stage.unit[i], work.unit + first + (exists ? i : 0), exists);
         stage.agent[i] = columns.agent(place.agent);
         if (p.last_actions != nullptr) {
-          copy_8(&stage.action[i], p.last_actions + place.offset(p.action_stride), exists);
+          copy_async<8>(&stage.action[i], p.last_actions + place.offset(p.action_stride), exists);
         }
       }
     }
-    close_copies();
+    end_copies();
   };
 
   const int slice = warp % kSlices, row_tile = warp / kSlices;
@@ -854,7 +854,7 @@ __device__ __forceinline__ void inputs_gradients(const RecurrentCudaBackward& p,
   int64_t block = own;
   for (int at = 0; at < kGradientStages - 1; ++at) load(block + at * plan.inputs_blocks, at);
   for (int at = 0; block * kBlockRows < total; block += plan.inputs_blocks, at = (at + 1) % kGradientStages) {
-    wait_copies<kGradientStages - 2>();
+    copies_arrived<kGradientStages - 2>();
     __syncthreads();
     load(block + (kGradientStages - 1) * plan.inputs_blocks, (at + kGradientStages - 1) % kGradientStages);
 
@@ -893,8 +893,8 @@ __device__ __forceinline__ void inputs_gradients(const RecurrentCudaBackward& p,
       const Tf32<kPlanes, 2> factors({pair.x, pair.y});
 #pragma unroll
       for (int plane = 0; plane < kPlanes; ++plane) {
-        *reinterpret_cast<uint2*>(&shared.grad_x[plane][row][feature]) =
-            make_uint2(factors.part[plane][0], factors.part[plane][1]);
+        *reinterpret_cast<float2*>(&shared.grad_x[plane][row][feature]) =
+            make_float2(factors.part[plane][0], factors.part[plane][1]);
       }
       if (network.grad_x == nullptr || share > 0 || block * kBlockRows + row >= total) continue;
       *reinterpret_cast<float2*>(network.grad_x + (block * kBlockRows + row) * kWidth + feature) = pair;
@@ -935,8 +935,8 @@ __device__ __forceinline__ void inputs_gradients(const RecurrentCudaBackward& p,
 #pragma unroll
         for (int plane = 0; plane < kPlanes; ++plane) {
           const auto& rows_of = shared.grad_x[plane];
-          const uint2 upper = *reinterpret_cast<const uint2*>(&rows_of[k + t][16 * m + 2 * g]);
-          const uint2 lower = *reinterpret_cast<const uint2*>(&rows_of[k + t + 4][16 * m + 2 * g]);
+          const float2 upper = *reinterpret_cast<const float2*>(&rows_of[k + t][16 * m + 2 * g]);
+          const float2 lower = *reinterpret_cast<const float2*>(&rows_of[k + t + 4][16 * m + 2 * g]);
           auto& part = grads.part[plane];
           part[0] = upper.x, part[1] = upper.y, part[2] = lower.x, part[3] = lower.y;
         }
@@ -948,7 +948,7 @@ __device__ __forceinline__ void inputs_gradients(const RecurrentCudaBackward& p,
       }
     }
   }
-  wait_copies<0>();
+  copies_arrived<0>();
 
   float* to = work.inputs_part + static_cast<int64_t>(share * plan.inputs_blocks + own) * kWidth * kShare;
 #pragma unroll

@@ -74,8 +74,8 @@ constexpr int kInputStride = kInputColumns + 8;  // two neighbours of four rows 
 template <int kWidth, int kPlanes>
 struct InputMemory {
   float inputs[2][kInputRows][kInputStride];
-  uint32_t weights[2][kPlanes][kWidth][kInputStride];  // factors of multiply_tf32
-  int64_t offset[kInputRows];                          // of an observation
+  float weights[2][kPlanes][kWidth][kInputStride];  // factors of multiply_tf32
+  int64_t offset[kInputRows];                       // of an observation
   int action[kInputRows], agent[kInputRows];
 };
 
@@ -111,12 +111,12 @@ __global__ void __launch_bounds__(kInputThreads)
     for (int i = warp; i < kInputRows; i += kWarps) {
       float* to = &shared.inputs[buffer][i][lane];
       if (k < columns.actions) {
-        copy_4(to, p.obs + shared.offset[i] + k, true);
+        copy_async<4>(to, p.obs + shared.offset[i] + k, true);
       } else {
         *to = k == shared.action[i] || k == shared.agent[i] || k == columns.all ? 1.0f : 0.0f;
       }
     }
-    close_copies();
+    end_copies();
   };
   float held[kHeld];  // weights on their way: rounded once, before eight warps read them
   const auto fetch_weights = [&](int start) {
@@ -150,9 +150,9 @@ __global__ void __launch_bounds__(kInputThreads)
     if (more) {
       load_inputs(buffer ^ 1, start + kInputColumns);
       fetch_weights(start + kInputColumns);
-      wait_copies<1>();
+      copies_arrived<1>();
     } else {
-      wait_copies<0>();
+      copies_arrived<0>();
     }
     __syncthreads();
 #pragma unroll
@@ -165,8 +165,8 @@ __global__ void __launch_bounds__(kInputThreads)
         Tf32<kPlanes, 2> weights;
 #pragma unroll
         for (int plane = 0; plane < kPlanes; ++plane) {
-          const uint32_t* pair = &shared.weights[buffer][plane][8 * tile + g][k + 2 * t];
-          const uint2 v = *reinterpret_cast<const uint2*>(pair);
+          const float* pair = &shared.weights[buffer][plane][8 * tile + g][k + 2 * t];
+          const float2 v = *reinterpret_cast<const float2*>(pair);
           weights.part[plane][0] = v.x, weights.part[plane][1] = v.y;
         }
         add_product<kPlanes>(sums[tile], [&](float (&sum)[4]) { multiply(sum, inputs, weights); });
@@ -284,7 +284,7 @@ struct RowRing {
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       const bool exists = kRowsPerTile * tile + row < valid;
-      copy_16(to, exists ? source : from, exists);
+      copy_async<16>(to, exists ? source : from, exists);
       to += kPlanes * kTileBytes;
       source += kRowsPerTile * kPlanes * kWidth;
     }
@@ -304,7 +304,7 @@ struct RowRing {
 __device__ __forceinline__ void load_units(float* ring, int step, int stages, const float* from, int rows, int valid,
                                            int thread) {
   if (thread >= rows) return;
-  copy_4(ring + (step & (stages - 1)) * rows + thread, thread < valid ? from + thread : from, thread < valid);
+  copy_async<4>(ring + (step & (stages - 1)) * rows + thread, thread < valid ? from + thread : from, thread < valid);
 }
 
 // Shared by both walks: what warp `slice` makes of x for the gates of its 16 features, sent to the lanes that need it.
@@ -532,7 +532,7 @@ __global__ void __launch_bounds__(4 * kWidth, 1)
       x_from += rows * kPlanes * kWidth;
       unit_from += rows;
     }
-    close_copies();
+    end_copies();
   };
   const auto send_gates = [&](int step) {
     if (step >= steps) return;
@@ -597,21 +597,21 @@ __global__ void __launch_bounds__(4 * kWidth, 1)
   };
 
   for (int step = 0; step < kForwardStages - 1; ++step) load(step);
-  wait_copies<kForwardStages - 2>();
+  copies_arrived<kForwardStages - 2>();
   meet(kThreads);
   send_gates(0);
   load(kForwardStages - 1);
-  wait_copies<kForwardStages - 2>();
+  copies_arrived<kForwardStages - 2>();
   meet(kThreads);
   for (int step = 0; step < steps; ++step) {
     load(step + kForwardStages);
     leave(step);  // first, while the others have the matrix units
     send_gates(step + 1);
-    wait_copies<kForwardStages - 2>();
+    copies_arrived<kForwardStages - 2>();
     meet(kThreads);
   }
   leave(steps);
-  wait_copies<0>();
+  copies_arrived<0>();
 }
 
 }  // namespace fastmix::FASTMIX_ISA

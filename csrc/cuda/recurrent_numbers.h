@@ -233,14 +233,14 @@ struct Sums {
 // Floats as factors of multiply_tf32, for what has no common unit: inputs, and gradients of the outputs.
 template <int kPlanes, int kCount>
 struct Tf32 {
-  uint32_t part[kPlanes][kCount];
+  float part[kPlanes][kCount];
 
   Tf32() = default;
   __device__ __forceinline__ explicit Tf32(const float (&values)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       part[0][i] = to_tf32(values[i]);
-      if constexpr (kPlanes == 2) part[1][i] = to_tf32(values[i] - __uint_as_float(part[0][i]));
+      if constexpr (kPlanes == 2) part[1][i] = to_tf32(values[i] - part[0][i]);
     }
   }
 };

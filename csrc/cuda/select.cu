@@ -10,16 +10,17 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "cuda/copy.h"
 #include "cuda/launch.h"
+#include "cuda/ptx.h"
 #include "fastmix/select.h"
 
 namespace fastmix {
 namespace {
 
 using FASTMIX_ISA::blocks;
-using FASTMIX_ISA::copies_done;
+using FASTMIX_ISA::copies_arrived;
 using FASTMIX_ISA::copy_async;
+using FASTMIX_ISA::end_copies;
 using FASTMIX_ISA::launched;
 using FASTMIX_ISA::split;
 
@@ -147,7 +148,8 @@ __global__ void __launch_bounds__(kThreads, 8)
             stage_pieces(static_cast<const M*>(p.avail_actions) + start, avail_offsets, width, items * width, avail);
           }
         }
-        copies_done();
+        end_copies();
+        copies_arrived<0>();
         __syncthreads();
         if (!busy) continue;
         int best_at = -1;

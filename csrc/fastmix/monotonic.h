@@ -87,8 +87,8 @@ struct MonotonicCudaShape {
 };
 
 // The parameters as the kernels read them, made by one launch per step: offsets in floats. A unit is one agent's
-// weights or, before the first agent's, those of w2: a matrix [32, 64] in fragments (mma.cuh), its bias in pairs, each
-// twice, and the matrix in other fragments, for the product that goes back to the hidden layers.
+// weights or, before the first agent's, those of w2: a matrix [32, 64] in fragments (cuda/ptx.h), its bias in pairs,
+// each twice, and the matrix in other fragments, for the product that goes back to the hidden layers.
 struct MonotonicPacked {
   static constexpr int kFirstStep = 8 * kMonotonicColumns;  // of `first`: eight state features
   static constexpr int kMatrix = kMonotonicEmbed * kMonotonicHidden, kForward = kMatrix + 2 * kMonotonicEmbed;

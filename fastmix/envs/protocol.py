@@ -6,8 +6,9 @@ be numpy arrays or torch tensors (an environment that lives on a GPU); everythin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,10 +18,12 @@ StateDict = dict[str, Any]
 
 @dataclass(frozen=True)
 class EnvInfo:
-    """Sizes of an environment, under the field's names (PyMARL's ``get_env_info``).
+    """Sizes of an environment, under the field's names (PyMARL's ``get_env_info``), and how it is usually trained on.
 
-    ``t_max`` is the number of environment steps a training run takes unless the user says otherwise, ``None`` where
-    the algorithm's preset should decide.
+    What a user gives always comes first. ``t_max`` is the number of environment steps a training run takes,
+    ``test_interval`` that between evaluations and ``test_nepisode`` the episodes of one; ``None`` leaves them to the
+    trainer. ``settings`` are fields of ``AlgorithmConfig`` that published work sets for this environment, over the
+    algorithm's preset. ``obs_dtype`` is the smallest type that holds every observation and state exactly, for replay.
     """
 
     n_agents: int
@@ -29,6 +32,10 @@ class EnvInfo:
     state_dim: int
     episode_limit: int
     t_max: int | None = None
+    test_interval: int | None = None
+    test_nepisode: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    obs_dtype: Literal["float32", "int8"] = "float32"
 
 
 @runtime_checkable

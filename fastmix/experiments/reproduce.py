@@ -1,4 +1,4 @@
-"""``fastmix reproduce``: the papers' matrix games by the papers' protocol, ours beside theirs."""
+"""``fastmix reproduce``: the papers' matrix games by the papers' protocol, ours beside theirs; and predator-prey."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from fastmix import algorithms, envs
 from fastmix.envs import MatrixGame, Payoff
+from fastmix.experiments import prey
 from fastmix.experiments.figures import Panel, panels_of, save_or_say
 from fastmix.experiments.matrix import LearnedGame, average, largest_errors, summarise_games
 from fastmix.experiments.papers import PaperGame, PaperRow, paper_games
@@ -18,7 +19,7 @@ from fastmix.experiments.sweeps import add_sweep_arguments, positive, resume, st
 from fastmix.experiments.tables import matrix_block, share_text, side_by_side, verdict
 from fastmix.train.checkpoint import write_json
 from fastmix.train.config import TrainConfig
-from fastmix.train.sweep import Run
+from fastmix.train.sweep import Run, load_sweep
 
 # Uniform exploration is stated for matrix 3 (ResQ appendix) and by POWQMIX for matrix 1, 20,000 steps for matrix 3.
 # Nothing is stated for matrices 1 and 2 of the ResQ appendix, which get the same. 8 rollouts for everyone make that one
@@ -42,24 +43,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         f"Train every algorithm on a matrix game of the papers: uniform exploration throughout, {T_MAX} steps, "
         "the weights that the papers use there; then print our tables beside the published ones, and how many seeds "
-        "found the optimum beside what the papers claim."
+        "found the optimum beside what the papers claim. Or, with prey, train those of POWQMIX's Figure 2 "
+        f"({', '.join(prey.ALGORITHMS)}; {prey.T_MAX} steps) on predator-prey, and draw the curves."
     )
-    parser.add_argument("game", nargs="?", choices=sorted(paper_games()), help="which game (not with --resume)")
-    parser.add_argument("--algos", nargs="+", metavar="NAME", help="only these algorithms (default: all that exist)")
-    parser.add_argument("--preset", choices=list(algorithms.PRESETS), help=f"other settings (default: {PRESET})")
-    parser.add_argument("--t-max", type=int, metavar="N", help=f"environment steps of each run (default: {T_MAX})")
+    parser.add_argument("game", nargs="?", choices=_games_known(), help="which game (not with --resume)")
+    parser.add_argument("--algos", nargs="+", metavar="NAME", help="only these algorithms (default: see above)")
+    parser.add_argument(
+        "--preset", choices=list(algorithms.PRESETS), help=f"other settings (default: {PRESET}; prey: {prey.PRESET})"
+    )
+    parser.add_argument(
+        "--t-max", "--steps", type=int, metavar="N",
+        help=f"environment steps of each run (default: {T_MAX}; prey: {prey.T_MAX})",
+    )  # fmt: skip
+    prey.add_arguments(parser)
     add_sweep_arguments(parser, default_seeds=DEFAULT_SEEDS, default_out="runs/reproduce/<game>/run-N")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, compare, print, write; returns the exit status."""
     if args.resume is not None:
-        given = [name for name in ("game", "algos", "preset", "t_max") if getattr(args, name) is not None]
+        game_given = ["game"] if args.game is not None else []
+        _, saved = load_sweep(args.resume, "reproduce")
+        if saved["game"] == prey.NAME and not game_given:
+            return prey.run(args)
+        settings = ("algos", "preset", "t_max", "punishments")
+        given = game_given + [name for name in settings if getattr(args, name) is not None]
         sweep = resume(args, "reproduce", given)
         game = paper_games()[sweep.extra["game"]]
     else:
         if args.game is None:
-            raise ValueError("name a game to reproduce: " + ", ".join(sorted(paper_games())))
+            raise ValueError("name a game to reproduce: " + ", ".join(_games_known()))
+        if args.game == prey.NAME:
+            return prey.run(args)
+        if args.punishments is not None:
+            raise ValueError(f"--punishments belongs to {prey.NAME}, not to {args.game}")
         game = paper_games()[args.game]
         n_seeds, t_max = positive(args, "seeds", DEFAULT_SEEDS), positive(args, "t_max", T_MAX)
         configs = _configs(game, args.algos, args.preset or PRESET, n_seeds, t_max)
@@ -85,6 +102,10 @@ def run(args: argparse.Namespace) -> int:
         written.append(figure)
     print("\nwritten: " + ", ".join(map(str, written)))
     return 0
+
+
+def _games_known() -> list[str]:
+    return [*sorted(paper_games()), prey.NAME]
 
 
 def _configs(

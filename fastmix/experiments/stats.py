@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
+import numpy as np
+
+Statistic = Callable[..., Any]
 Verdict = Literal["agrees", "disagrees", "open"]
 
 
@@ -33,3 +37,32 @@ def judge_claim(claimed: bool, successes: int, n: int) -> Verdict:
     if low <= 0.5 <= high:
         return "open"
     return "agrees" if (low > 0.5) == claimed else "disagrees"
+
+
+def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Mean of what is left without the lowest and the highest quarter (rounded down), as rliable has it.
+
+    R. Agarwal et al., "Deep reinforcement learning at the edge of the statistical precipice", 2021.
+    """
+    ordered = np.sort(values, axis=axis)
+    n = ordered.shape[axis]
+    cut = n // 4
+    return np.asarray(np.take(ordered, range(cut, n - cut), axis=axis).mean(axis=axis))
+
+
+def bootstrap_interval(
+    values: np.ndarray, statistic: Statistic = np.mean, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile bootstrap interval of ``statistic`` over the last axis of ``values [..., n]``, drawn with ``seed``.
+
+    With a single value the interval is that value: one seed says nothing about others.
+    Raises ``ValueError`` where there are no values.
+    """
+    n = values.shape[-1]
+    if n < 1:
+        raise ValueError("a bootstrap interval needs at least one value, and there is none")
+    chosen = np.random.default_rng(seed).integers(0, n, (resamples, n))
+    statistics = statistic(values[..., chosen], axis=-1)
+    tail = 100 * (1 - level) / 2
+    low, high = np.percentile(statistics, [tail, 100 - tail], axis=-1)
+    return np.asarray(low), np.asarray(high)

@@ -27,7 +27,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser, *, default_seeds: int, 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Checked runs, ready to go. ``plan`` is that of the first one; they differ in seed and algorithm only."""
+    """Checked runs, ready to go. ``plan`` is that of the first one; all take as many steps."""
 
     command: str
     folder: Path
@@ -100,6 +100,6 @@ def positive(args: argparse.Namespace, name: str, default: int) -> int:
 def _check(args: argparse.Namespace, configs: Sequence[TrainConfig]) -> tuple[int, Plan]:
     """Workers, and the plan of the first run; every algorithm is checked, with the memory of parallel runs."""
     workers = positive(args, "workers", default_workers(len(configs)))
-    one_of_each = {config.algo: config for config in configs}.values()
+    one_of_each = {(config.algo, config.env): config for config in configs}.values()
     plans = [Plan.of(config, n_parallel=min(workers, len(configs))) for config in one_of_each]
     return workers, plans[0]

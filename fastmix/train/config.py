@@ -9,11 +9,13 @@ from typing import Any, ClassVar, Literal
 from fastmix.algorithms.config import option
 from fastmix.train.rollout import StoredTermination
 from fastmix.train.schedules import Decay
-from fastmix.train.storage import ObsDtype
 
 ReplayDevice = Literal["auto", "cpu", "cuda"]
+ReplayObsDtype = Literal["auto", "float32", "float16", "int8"]
 
-DEFAULT_T_MAX = 2_000_000  # where neither the user nor the environment says; what SMAC papers train for
+# Where neither the user nor the environment says. What SMAC papers train for:
+DEFAULT_T_MAX = 2_000_000
+DEFAULT_TEST_INTERVAL, DEFAULT_TEST_NEPISODE = 2_000, 32
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,10 @@ class TrainConfig:
     """Settings that suit a run to its machine and change no number of it: a resumed run may have others."""
 
     algo: str = option("qmix", "algorithm, a name of fastmix.algorithms.REGISTRY")
-    env: str = option("matrix:resq1", "environment: matrix:resq1, matrix:resq2, matrix:stochastic, matrix:@file.json")
+    env: str = option(
+        "matrix:resq1",
+        "environment: matrix:resq1 (resq2, stochastic, @file.json), prey:p-2 (p-1.5, wqmix, pymarl2, ...)",
+    )
     preset: str = option("pymarl2", "set of hyper-parameters the algorithm starts from: pymarl or pymarl2")
     seed: int = option(0, "decides everything random; with --seeds N the runs use seed, seed+1, ...")
     t_max: int | None = option(
@@ -42,7 +47,11 @@ class TrainConfig:
         "episode limit as a time-out, as PyMARL's runner does",
     )
     bucket: int = option(16, "round batch lengths up to a multiple of this many steps (masked), at most the limit")
-    replay_obs_dtype: ObsDtype = option("float32", "storage of observations and states in replay")  # noqa: RUF009
+    replay_obs_dtype: ReplayObsDtype = option(  # noqa: RUF009
+        "auto",
+        "storage of observations and states in replay: 'auto' is the smallest that holds those of the environment "
+        "exactly, 'float16' rounds them, 'int8' is for environments of small whole numbers only",
+    )
     replay_device: ReplayDevice = option(  # noqa: RUF009
         "auto",
         "memory that keeps the episodes: 'cuda' is that of --device, 'cpu' the host's, 'auto' the first that has room; "
@@ -51,8 +60,14 @@ class TrainConfig:
     graphs: bool = option(
         True, "on CUDA capture the training step once per batch length and replay it; results are the same"
     )
-    test_interval: int = option(2000, "environment steps between greedy evaluations")
-    test_nepisode: int = option(32, "episodes of one evaluation")
+    test_interval: int | None = option(
+        None,
+        f"environment steps between greedy evaluations (default: what the environment suggests, else "
+        f"{DEFAULT_TEST_INTERVAL})",
+    )
+    test_nepisode: int | None = option(
+        None, f"episodes of one evaluation (default: what the environment suggests, else {DEFAULT_TEST_NEPISODE})"
+    )
     log_interval: int = option(2000, "environment steps between log records")
     checkpoint_interval: int = option(50_000, "environment steps between checkpoints (one is always taken at the end)")
     keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep")
@@ -61,13 +76,15 @@ class TrainConfig:
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("updates_per_round", "bucket", "test_interval", "test_nepisode", "log_interval",
-                     "checkpoint_interval", "keep_checkpoints", "threads"):  # fmt: skip
+        for name in ("updates_per_round", "bucket", "log_interval", "checkpoint_interval", "keep_checkpoints",
+                     "threads"):  # fmt: skip
             _check(self, name, getattr(self, name) >= 1, "at least 1")
-        _check(self, "t_max", self.t_max is None or self.t_max >= 1, "at least 1 environment step")
+        for name in ("t_max", "test_interval", "test_nepisode"):
+            value = getattr(self, name)
+            _check(self, name, value is None or value >= 1, "at least 1")
         _check(self, "seed", 0 <= self.seed < 2**32, "between 0 and 2^32 - 1")
         for name, literal in (("epsilon_decay", Decay), ("stored_termination", StoredTermination),
-                              ("replay_obs_dtype", ObsDtype), ("replay_device", ReplayDevice)):  # fmt: skip
+                              ("replay_obs_dtype", ReplayObsDtype), ("replay_device", ReplayDevice)):  # fmt: skip
             choices = literal.__args__  # type: ignore[attr-defined]
             _check(self, name, getattr(self, name) in choices, "one of " + ", ".join(map(repr, choices)))
 

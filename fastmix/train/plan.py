@@ -12,7 +12,7 @@ import torch
 from fastmix import algorithms, envs
 from fastmix.algorithms import AlgorithmConfig, Scheme
 from fastmix.envs import EnvInfo
-from fastmix.train.config import DEFAULT_T_MAX, TrainConfig
+from fastmix.train.config import DEFAULT_T_MAX, DEFAULT_TEST_INTERVAL, DEFAULT_TEST_NEPISODE, TrainConfig
 from fastmix.train.logging import check_tensorboard
 from fastmix.train.memory import human_bytes
 from fastmix.train.replay import (
@@ -24,6 +24,7 @@ from fastmix.train.replay import (
     replay_bytes,
 )
 from fastmix.train.schedules import EpsilonSchedule
+from fastmix.train.storage import ObsDtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,9 @@ class Plan:
     settings: AlgorithmConfig
     epsilon: EpsilonSchedule
     t_max: int
+    test_interval: int
+    test_nepisode: int
+    obs_dtype: ObsDtype
     replay_device: torch.device | None
     """Device that keeps the episodes; None for host memory."""
     host_reason: str | None
@@ -47,26 +51,38 @@ class Plan:
         Raises ``ValueError``, ``FileNotFoundError`` or ``ImportError`` naming the setting that cannot be, and
         ``MemoryError`` when replay does not fit.
         """
-        settings = algorithms.configure(config.algo, config.preset, **config.overrides)
-        epsilon = EpsilonSchedule(
-            settings.epsilon_start, settings.epsilon_finish, settings.epsilon_anneal_time, config.epsilon_decay
-        )
         _check_device(config.device)
         if config.tensorboard:
             check_tensorboard()
         env = envs.make(config.env, 1, 0)
         env.close()
-        t_max = config.t_max or env.info.t_max or DEFAULT_T_MAX
-        n_bytes = n_parallel * _replay_bytes(config, settings, env.info)
+        info = env.info
+        settings = algorithms.configure(config.algo, config.preset, **overrides_of(config, info))
+        epsilon = EpsilonSchedule(
+            settings.epsilon_start, settings.epsilon_finish, settings.epsilon_anneal_time, config.epsilon_decay
+        )
+        obs_dtype = _obs_dtype(config, info)
+        n_bytes = n_parallel * _replay_bytes(settings, info, obs_dtype)
         where, why_not = _place_replay(config, n_bytes)
         if where is None:
             check_memory(n_bytes, settings.buffer_size * n_parallel)
-        return cls(config, env.info, settings, epsilon, t_max, where, why_not)
+        return cls(
+            config,
+            info,
+            settings,
+            epsilon,
+            t_max=config.t_max or info.t_max or DEFAULT_T_MAX,
+            test_interval=config.test_interval or info.test_interval or DEFAULT_TEST_INTERVAL,
+            test_nepisode=config.test_nepisode or info.test_nepisode or DEFAULT_TEST_NEPISODE,
+            obs_dtype=obs_dtype,
+            replay_device=where,
+            host_reason=why_not,
+        )
 
     @property
     def replay_bytes(self) -> int:
         """What replay will allocate."""
-        return _replay_bytes(self.config, self.settings, self.info)
+        return _replay_bytes(self.settings, self.info, self.obs_dtype)
 
     @property
     def description(self) -> dict[str, Any]:
@@ -106,7 +122,7 @@ def make_replay(plan: Plan, seed: int, announce: Callable[[str], None]) -> Repla
             s.batch_size_run,
             seed=seed,
             bucket=config.bucket,
-            obs_dtype=config.replay_obs_dtype,
+            obs_dtype=plan.obs_dtype,
             prioritised=Prioritised(s.per_alpha, s.per_beta, plan.t_max) if s.use_per else None,
             device=device,
         )
@@ -126,8 +142,20 @@ def scheme_of(info: EnvInfo) -> Scheme:
     return Scheme(info.n_agents, info.n_actions, info.obs_dim, info.state_dim, info.episode_limit)
 
 
-def _replay_bytes(config: TrainConfig, settings: AlgorithmConfig, info: EnvInfo) -> int:
-    obs_dtype = config.replay_obs_dtype
+def overrides_of(config: TrainConfig, info: EnvInfo) -> dict[str, Any]:
+    """Settings over those of the algorithm's preset: what is usual for the environment, then what the user gave."""
+    return {**info.settings, **config.overrides}
+
+
+def _obs_dtype(config: TrainConfig, info: EnvInfo) -> ObsDtype:
+    if config.replay_obs_dtype == "auto":
+        return info.obs_dtype
+    if config.replay_obs_dtype == "int8" and info.obs_dtype != "int8":
+        raise ValueError(f"replay_obs_dtype is 'int8'; {config.env} has observations that are no small whole numbers")
+    return config.replay_obs_dtype
+
+
+def _replay_bytes(settings: AlgorithmConfig, info: EnvInfo, obs_dtype: ObsDtype) -> int:
     return replay_bytes(scheme_of(info), settings.buffer_size, settings.batch_size_run, obs_dtype=obs_dtype)
 
 

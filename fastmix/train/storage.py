@@ -13,7 +13,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from fastmix.algorithms import EpisodeBatch, Scheme
 from fastmix.train.memory import pinned
 
-ObsDtype = Literal["float32", "float16"]
+ObsDtype = Literal["float32", "float16", "int8"]
 Fields = dict[str, Tensor]
 
 TRANSITION = ("actions", "rewards", "terminated")
@@ -37,8 +37,8 @@ class Layout:
     obs_dtype: ObsDtype = "float32"
 
     def __post_init__(self) -> None:
-        if self.obs_dtype not in ("float32", "float16"):
-            raise ValueError(f"obs_dtype is {self.obs_dtype!r}; it must be 'float32' or 'float16'")
+        if self.obs_dtype not in get_args(ObsDtype):
+            raise ValueError(f"obs_dtype is {self.obs_dtype!r}; it must be one of {', '.join(get_args(ObsDtype))}")
 
     @property
     def fields(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

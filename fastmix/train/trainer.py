@@ -32,10 +32,13 @@ from fastmix.train.evaluate import evaluate
 from fastmix.train.feed import make_feed
 from fastmix.train.learner import Learner
 from fastmix.train.logging import RunLogger
-from fastmix.train.plan import Plan, make_replay, scheme_of
+from fastmix.train.plan import Plan, make_replay, overrides_of, scheme_of
 from fastmix.train.rollout import EpisodeStats, Player, Rollout
 
 log = logging.getLogger(__name__)
+
+ABSOLUTE_FACTOR = 10
+"""Episodes of the evaluation at the end, of the best networks, as a multiple of those of the others."""
 
 CONFIG_FILE, RESULT_FILE, BEST_FILE, CHECKPOINT_FOLDER = "config.json", "result.json", "best.safetensors", "checkpoints"
 
@@ -91,7 +94,7 @@ class Trainer:
         for sentence in plan.sentences():
             announce(sentence)
         n_envs = plan.settings.batch_size_run
-        self._description, self.t_max = plan.description, plan.t_max
+        self.plan, self.t_max = plan, plan.t_max
         self.algo = make_algorithm(config, plan.info)
         self.device = torch.device(config.device)
         self.learner = Learner(self.algo, graphs=config.graphs)
@@ -104,7 +107,7 @@ class Trainer:
             _generator(self.device, seeds["explore"]),
             stored_termination=config.stored_termination,
         )
-        self.test_env = envs.make(config.env, min(n_envs, config.test_nepisode), seeds["test_env"])
+        self.test_env = envs.make(config.env, min(n_envs, plan.test_nepisode), seeds["test_env"])
         self._test_generator = _generator(self.device, seeds["test_explore"])
         # Nothing of ours draws from torch's global generator; an algorithm may, so its state belongs to the run.
         torch.manual_seed(seeds["torch"])
@@ -125,7 +128,7 @@ class Trainer:
         """
         config, counters = self.config, self.counters
         self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(self.folder / CONFIG_FILE, self._description)
+        checkpoint.write_json(self.folder / CONFIG_FILE, self.plan.description)
         logger = RunLogger(
             self.folder, tensorboard=config.tensorboard, offset=counters.log_offset, t_env=counters.t_env
         )
@@ -152,6 +155,7 @@ class Trainer:
                     self._checkpoint(logger)
             finally:
                 logger.close()
+        absolute = self._absolute_metric()
         return {
             "seed": config.seed,
             "t_env": counters.t_env,
@@ -160,6 +164,7 @@ class Trainer:
             "wall_s": round(counters.wall_s, 3),
             "best_return": counters.best_return,
             **self._test,
+            "absolute": absolute,
         }
 
     def close(self) -> None:
@@ -228,15 +233,18 @@ class Trainer:
 
     def _evaluate_if_due(self, logger: RunLogger) -> None:
         last = self.counters.last_test
-        if last is None or self.counters.t_env - last >= self.config.test_interval:
+        if last is None or self.counters.t_env - last >= self.plan.test_interval:
             self._evaluate(logger)
 
     def _evaluate(self, logger: RunLogger) -> None:
         counters = self.counters
-        stats = evaluate(self.algo, self.test_env, self.config.test_nepisode, self._test_generator, device=self.device)
+        stats = evaluate(self.algo, self.test_env, self.plan.test_nepisode, self._test_generator, device=self.device)
         self._test = stats.summary("test_")
         counters.last_test = counters.t_env
-        logger.write(counters.t_env, self._test)
+        self._tick()
+        each = {"test_returns": stats.returns} | ({} if stats.won is None else {"test_won": stats.won})
+        cost = {"wall_s": counters.wall_s, "replay_ratio": self._replay_ratio()}
+        logger.write(counters.t_env, {**self._test, **each, **cost})
         result = self._test["test_return_mean"]
         # A network that has learnt nothing may be lucky; it is nobody's best.
         if counters.updates and (counters.best_return is None or result > counters.best_return):
@@ -244,12 +252,39 @@ class Trainer:
             state = {"algo": self.algo.state_dict(), "t_env": counters.t_env, **self._test}
             checkpoint.save(self.folder / BEST_FILE, state)
 
+    def _absolute_metric(self) -> dict[str, Any] | None:
+        """The best networks on ten times the episodes; None where nothing was learnt.
+
+        The protocol of R. Gorsane et al., "Towards a standardised performance evaluation protocol for cooperative
+        MARL", 2022. Environment and random numbers are its own, so it is the same for a run that was resumed.
+        """
+        path = self.folder / BEST_FILE
+        if self.counters.best_return is None or not path.is_file():
+            return None
+        seeds = _seeds(self.config.seed)
+        best = checkpoint.load(path)
+        algo = make_algorithm(self.config, self.plan.info)
+        algo.load_state_dict(best["algo"])
+        n_episodes = ABSOLUTE_FACTOR * self.plan.test_nepisode
+        generator = _generator(self.device, seeds["absolute_explore"])
+        env = envs.make(self.config.env, self.test_env.n_envs, seeds["absolute_env"])
+        try:
+            stats = evaluate(algo, env, n_episodes, generator, device=self.device)
+        finally:
+            env.close()
+        won = {} if stats.won is None else {"won": stats.won}
+        return {"t_env": best["t_env"], **stats.summary(""), "returns": stats.returns, **won}
+
+    def _replay_ratio(self) -> float:
+        """How often an episode has been learnt from, on average."""
+        return self.counters.updates * self.algo.config.batch_size / max(self.counters.episodes, 1)
+
     def _log_is_due(self) -> bool:
         t_env = self.counters.t_env
         return t_env - self.counters.last_log >= self.config.log_interval or t_env >= self.t_max
 
     def _log(self, logger: RunLogger) -> None:
-        counters, settings = self.counters, self.algo.config
+        counters = self.counters
         self._tick()
         seconds = max(counters.wall_s - self._logged_wall, 1e-9)
         values = {name: float(value) for name, value in self._stats.items() if value.ndim == 0}
@@ -257,7 +292,7 @@ class Trainer:
             "episodes": counters.episodes,
             "updates": counters.updates,
             "epsilon": self.rollout.epsilon(counters.t_env),
-            "replay_ratio": counters.updates * settings.batch_size / counters.episodes,
+            "replay_ratio": self._replay_ratio(),
             "buffer_episodes": self.replay.count,
             "wall_s": counters.wall_s,
             "env_steps_per_s": (counters.t_env - self._logged_at) / seconds,
@@ -318,7 +353,7 @@ def make_algorithm(config: TrainConfig, info: EnvInfo) -> Algorithm:
         preset=config.preset,
         device=config.device,
         seed=_seeds(config.seed)["algo"],
-        **config.overrides,
+        **overrides_of(config, info),
     )
 
 
@@ -367,7 +402,10 @@ def _check_same(folder: Path, saved: dict[str, Any], ours: dict[str, Any]) -> No
 
 def _seeds(seed: int) -> dict[str, int]:
     """Independent seeds for everything random in a run, all decided by one number."""
-    names = ("algo", "env", "test_env", "replay", "explore", "test_explore", "torch")
+    # New names go to the end: the seeds of the others stay what they were.
+    names = (
+        "algo", "env", "test_env", "replay", "explore", "test_explore", "torch", "absolute_env", "absolute_explore"
+    )  # fmt: skip
     return dict(zip(names, np.random.SeedSequence(seed).generate_state(len(names)).tolist(), strict=True))
 
 

@@ -103,8 +103,8 @@ inline int device = 0;
 }  // namespace emulation
 inline cudaError_t cudaGetDevice(int* device) { return *device = emulation::device, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  // One like an H100, one like an RTX 4090, but with so few multiprocessors that blocks get to do more than one tile; and
-  // an H100 as it is.
+  // One like an H100, one like an RTX 4090, but with so few multiprocessors that blocks get to do more than one tile;
+  // and an H100 as it is.
   constexpr int kValues[3][4] = {{2, 227 * 1024, 9, 0}, {3, 99 * 1024, 8, 9}, {132, 227 * 1024, 9, 0}};
   return *value = kValues[device][attribute], cudaSuccess;
 }
@@ -449,7 +449,7 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = warpSize) {
   return from < (lane & ~(width - 1)) + width ? brought[from] : value;
 }
 
-// --- Matrix units and asynchronous copies (csrc/cuda/mma.cuh) --------------------------------------------------------
+// --- Asynchronous copies ---------------------------------------------------------------------------------------------
 
 namespace emulation {
 
@@ -461,29 +461,8 @@ To same_bits(From value) {
   return result;
 }
 
-inline float tf32_bits(float x) { return same_bits<float>(same_bits<uint32_t>(x) & 0xffffe000u); }
-inline float to_tf32(float x) {
-  return std::isnan(x) ? x : tf32_bits(same_bits<float>(same_bits<uint32_t>(x) + 0x1000u));
-}
-
-// mma.sync m16n8k8 of tf32: the low bits of operands are ignored.
-inline void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
-  struct Fragments {
-    float a[4], b[2];
-  } mine = {{tf32_bits(a[0]), tf32_bits(a[1]), tf32_bits(a[2]), tf32_bits(a[3])}, {tf32_bits(b0), tf32_bits(b1)}};
-  const Brought<Fragments> brought(0xffffffffu, mine);
-  const unsigned g = lane() / 4, t = lane() % 4;
-  for (unsigned k = 0; k < 8; ++k) {
-    const Fragments row = brought[4 * g + k % 4];
-    for (unsigned column = 0; column < 2; ++column) {
-      const float b = brought[4 * (2 * t + column) + k % 4].b[k / 4];
-      c[column] += row.a[2 * (k / 4)] * b;
-      c[2 + column] += row.a[2 * (k / 4) + 1] * b;
-    }
-  }
-}
-
-// Copies happen as late as they may, when they are waited for; until then their place holds nothing that means anything.
+// Copies happen as late as they may, when they are waited for; until then their place holds nothing that means
+// anything.
 inline void copy_async(void* to, const void* from, size_t bytes, bool inside) {
   const auto* place = static_cast<unsigned char*>(to);
   if (place < shared_memory || place + bytes > shared_memory + dynamic_size + static_size) fail("copy out of bounds");

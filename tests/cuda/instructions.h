@@ -42,24 +42,23 @@ inline const float* halves() {
   return table;
 }
 
-inline float tf32(uint32_t bits) { return same_bits<float>(bits & 0xffffe000u); }
+inline float tf32(float x) { return same_bits<float>(same_bits<uint32_t>(x) & 0xffffe000u); }
 
-struct Factors {
-  uint32_t a[4], b[2];
-};
-
-}  // namespace emulation
+namespace instructions {
 
 // Row r of `a` lies in lanes 4 (r % 8) ...; column c of `b` in lanes 4 c ...
 inline void multiply_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const emulation::Brought<emulation::Factors> brought(0xffffffffu, {{a[0], a[1], a[2], a[3]}, {b0, b1}});
-  const unsigned g = emulation::lane() / 4, t = emulation::lane() % 4;
-  const float* half = emulation::halves();
+  struct Factors {
+    uint32_t a[4], b[2];
+  };
+  const Brought<Factors> brought(0xffffffffu, {{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  const unsigned g = lane() / 4, t = lane() % 4;
+  const float* half = halves();
   double sums[4] = {d[0], d[1], d[2], d[3]};
-  for (unsigned lane = 0; lane < 4; ++lane) {
-    const emulation::Factors row = brought[4 * g + lane];
+  for (unsigned quad = 0; quad < 4; ++quad) {
+    const Factors row = brought[4 * g + quad];
     for (unsigned column = 0; column < 2; ++column) {
-      const emulation::Factors other = brought[4 * (2 * t + column) + lane];
+      const Factors other = brought[4 * (2 * t + column) + quad];
       for (unsigned part = 0; part < 2; ++part) {
         for (unsigned shift = 0; shift < 32; shift += 16) {
           const double factor = half[other.b[part] >> shift & 0xffff];
@@ -69,33 +68,30 @@ inline void multiply_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, ui
       }
     }
   }
-  for (int i = 0; i < 4; ++i) d[i] = emulation::cut(sums[i]);
+  for (int i = 0; i < 4; ++i) d[i] = cut(sums[i]);
 }
 
-inline void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const emulation::Brought<emulation::Factors> brought(0xffffffffu, {{a[0], a[1], a[2], a[3]}, {b0, b1}});
-  const unsigned g = emulation::lane() / 4, t = emulation::lane() % 4;
+inline void multiply_tf32(float (&d)[4], const float (&a)[4], float b0, float b1) {
+  struct Factors {
+    float a[4], b[2];
+  } mine = {{tf32(a[0]), tf32(a[1]), tf32(a[2]), tf32(a[3])}, {tf32(b0), tf32(b1)}};
+  const Brought<Factors> brought(0xffffffffu, mine);
+  const unsigned g = lane() / 4, t = lane() % 4;
   double sums[4] = {d[0], d[1], d[2], d[3]};
-  for (unsigned lane = 0; lane < 4; ++lane) {
-    const emulation::Factors row = brought[4 * g + lane];
+  for (unsigned k = 0; k < 8; ++k) {
+    const Factors row = brought[4 * g + k % 4];
     for (unsigned column = 0; column < 2; ++column) {
-      const emulation::Factors other = brought[4 * (2 * t + column) + lane];
-      for (unsigned part = 0; part < 2; ++part) {
-        const double factor = emulation::tf32(other.b[part]);
-        sums[column] += factor * emulation::tf32(row.a[2 * part]);
-        sums[2 + column] += factor * emulation::tf32(row.a[2 * part + 1]);
-      }
+      const double factor = brought[4 * (2 * t + column) + k % 4].b[k / 4];
+      sums[column] += factor * row.a[2 * (k / 4)];
+      sums[2 + column] += factor * row.a[2 * (k / 4) + 1];
     }
   }
-  for (int i = 0; i < 4; ++i) d[i] = emulation::cut(sums[i]);
+  for (int i = 0; i < 4; ++i) d[i] = cut(sums[i]);
 }
 
-inline uint32_t to_tf32(float x) {
-  if (std::isnan(x)) return 0x7fffffffu;
-  return (emulation::same_bits<uint32_t>(x) + 0x1000u) & 0xffffe000u;  // ties away from zero
+inline float to_tf32(float x) {  // ties away from zero
+  return std::isnan(x) ? x : tf32(same_bits<float>(same_bits<uint32_t>(x) + 0x1000u));
 }
-
-namespace emulation {
 
 inline void load_matrices(uint32_t (&d)[4], const void* row, bool transposed) {
   const auto* place = static_cast<const unsigned char*>(row);
@@ -114,33 +110,39 @@ inline void load_matrices(uint32_t (&d)[4], const void* row, bool transposed) {
   Brought<int>(0xffffffffu, 0);  // nobody writes there before all have read
 }
 
-}  // namespace emulation
+inline void load_matrices(uint32_t (&d)[4], const void* row) { load_matrices(d, row, false); }
+inline void load_matrices_transposed(uint32_t (&d)[4], const void* row) { load_matrices(d, row, true); }
 
-inline void load_matrices(uint32_t (&d)[4], const void* row) { emulation::load_matrices(d, row, false); }
-inline void load_matrices_transposed(uint32_t (&d)[4], const void* row) { emulation::load_matrices(d, row, true); }
-
-inline void copy_16(void* to, const void* from, bool valid) { emulation::copy_async(to, from, 16, valid); }
-inline void copy_8(void* to, const void* from, bool valid) { emulation::copy_async(to, from, 8, valid); }
-inline void copy_4(void* to, const void* from, bool valid) { emulation::copy_async(to, from, 4, valid); }
-inline void close_copies() { emulation::end_copies(); }
+template <int kBytes = 16>
+void copy_async(void* to, const void* from, bool inside = true) {
+  emulation::copy_async(to, from, kBytes, inside);
+}
+inline void end_copies() { emulation::end_copies(); }
 template <int kPending>
-void wait_copies() {
+void copies_arrived() {
   emulation::copies_arrived(kPending);
 }
+inline float load_if(bool inside, const float* from) { return inside ? *from : 0; }
+inline float2 load2_if(bool inside, const float* from) {
+  return inside ? *reinterpret_cast<const float2*>(from) : make_float2(0, 0);
+}
+inline void prefetch(const void*) {}
 
 inline void meet(int) { __syncthreads(); }
 inline void keep(int&) {}
+inline void keep(float&) {}
 
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_reciprocal(float x) { return 1 / x; }
 
 inline uint32_t pack_half(float low, float high) {
-  return emulation::float_to_half(low) | static_cast<uint32_t>(emulation::float_to_half(high)) << 16;
+  return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16;
 }
-inline float2 unpack_half(uint32_t pair) {
-  return {emulation::halves()[pair & 0xffff], emulation::halves()[pair >> 16]};
-}
+inline float2 unpack_half(uint32_t pair) { return {halves()[pair & 0xffff], halves()[pair >> 16]}; }
 inline uint32_t times_half(uint32_t x, uint32_t y) {
   const float2 a = unpack_half(x), b = unpack_half(y);
   return pack_half(a.x * b.x, a.y * b.y);
 }
+
+}  // namespace instructions
+}  // namespace emulation

@@ -37,7 +37,7 @@ __global__ void tf32_kernel(const float* a, const float* b, float* d) {
   const int g = threadIdx.x / 4, t = threadIdx.x % 4;
   float sums[4];
   for (int i = 0; i < 4; ++i) sums[i] = d[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
-  uint32_t factors[4];
+  float factors[4];
   for (int i = 0; i < 4; ++i) factors[i] = to_tf32(a[(g + i % 2 * 8) * 8 + t + i / 2 * 4]);
   multiply_tf32(sums, factors, to_tf32(b[t * 8 + g]), to_tf32(b[(t + 4) * 8 + g]));
   for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
@@ -57,15 +57,15 @@ __global__ void rows_kernel(const uint16_t* in, uint32_t* out) {
 __global__ void copy_kernel(const float* in, float* out) {
   extern __shared__ __align__(16) unsigned char memory[];
   float* values = reinterpret_cast<float*>(memory);
-  copy_16(values, in, true);
-  close_copies();
-  copy_4(values + 4, in, false);
-  close_copies();
+  copy_async(values, in);
+  end_copies();
+  copy_async<4>(values + 4, in, false);
+  end_copies();
   out[0] = values[0];
-  wait_copies<1>();
+  copies_arrived<1>();
   for (int i = 0; i < 4; ++i) out[1 + i] = values[i];
   out[5] = values[4];
-  wait_copies<0>();
+  copies_arrived<0>();
   out[6] = values[4];
 }
 

@@ -1,4 +1,4 @@
-"""`duplex` and `importance` in the compiled core: float32, instruction sets, threads, strides, what PyTorch asks."""
+"""`duplex` and `importance` in the compiled core: float32, instruction sets, threads, strides, demands of PyTorch."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_configs_survive_json() -> None:
         ({"seed": 2**32}, "between 0 and"),
         ({"epsilon_decay": "step"}, "epsilon_decay is 'step'; it must be one of 'linear', 'exp'"),
         ({"stored_termination": "x"}, "one of 'true', 'pymarl'"),
-        ({"replay_obs_dtype": "int8"}, "one of 'float32', 'float16'"),
+        ({"replay_obs_dtype": "int4"}, "one of 'auto', 'float32'"),
     ],
 )
 def test_wrong_settings_are_refused_at_once(settings: dict[str, Any], message: str) -> None:

@@ -192,6 +192,19 @@ def test_float16_observations_come_back_as_float32(device: str | None) -> None:
     np.testing.assert_array_equal(batch.obs[0].numpy(), made["obs"].astype(np.float16).astype(np.float32))
 
 
+def test_whole_numbers_are_kept_exactly_in_a_byte(device: str | None) -> None:
+    made = {
+        name: np.round(40 * value) if name in ("obs", "states") else value
+        for name, value in mixed_episodes(1)[0].items()
+    }
+    buffer = ReplayBuffer(SCHEME, 2, bucket=SCHEME.episode_limit, obs_dtype="int8", device=device)
+    insert(buffer, [made])
+    batch, _ = buffer.sample(1)
+    assert batch.obs.dtype == torch.float32 and batch.obs.min() < -1
+    np.testing.assert_array_equal(batch.obs[0].numpy(), made["obs"])
+    np.testing.assert_array_equal(batch.states[0].numpy(), made["states"])
+
+
 def test_nothing_of_a_sample_is_a_view_of_the_ring(device: str | None) -> None:
     buffer = ReplayBuffer(SCHEME, 3, device=device)
     insert(buffer, mixed_episodes(3))
@@ -252,7 +265,7 @@ def test_wrong_use_is_explained() -> None:
         ({"capacity": 0}, "buffer_size is 0"),
         ({"n_writers": 0}, "n_writers is 0"),
         ({"bucket": 0}, "bucket is 0"),
-        ({"obs_dtype": "int8"}, "obs_dtype is 'int8'"),
+        ({"obs_dtype": "int4"}, "obs_dtype is 'int4'"),
     ):
         with pytest.raises(ValueError, match=message):
             ReplayBuffer(SCHEME, **({"capacity": 2} | arguments))

@@ -93,6 +93,7 @@ def killed_after(t_env: int) -> Progress:
     return on_progress
 
 
+PREY = "prey:p-1,n_agents=3,n_stags=2,world_shape=4x4"
 CONFIGS = {
     "qmix": replace(MATRIX, algo="qmix"),
     "vdn pymarl": replace(MATRIX, algo="vdn", preset="pymarl"),
@@ -100,6 +101,7 @@ CONFIGS = {
     "ragged qmix": replace(RAGGED, algo="qmix"),
     "ragged iql, two updates": replace(RAGGED, algo="iql", updates_per_round=2, stored_termination="pymarl"),
     "ragged prioritised": replace(RAGGED, algo="qmix", overrides=SMALL | {"use_per": True}),
+    "prey": replace(RAGGED, algo="vdn", env=f"{PREY},episode_limit=9", replay_obs_dtype="auto"),
     "float16 replay": replace(RAGGED, algo="vdn", replay_obs_dtype="float16", epsilon_decay="exp"),
 }
 
@@ -293,6 +295,10 @@ def test_what_is_logged(tmp_path: Path) -> None:
     tests = [r for r in records if "test_return_mean" in r]
     trains = [r for r in records if "loss" in r]
     assert [r["t_env"] for r in tests] == [0, 52, 104, 156, 160]
+    for record in tests:
+        assert len(record["test_returns"]) == 4 and np.mean(record["test_returns"]) == record["test_return_mean"]
+    assert [r["wall_s"] for r in tests] == sorted(r["wall_s"] for r in tests) and tests[0]["wall_s"] > 0
+    assert tests[0]["replay_ratio"] == 0 < tests[1]["replay_ratio"] < tests[-1]["replay_ratio"]
     assert [r["t_env"] for r in trains] == [40, 80, 120, 160]
     for record in trains:
         assert record["env_steps_per_s"] > 0 and record["updates_per_s"] > 0
@@ -339,6 +345,10 @@ def test_best_and_latest_can_be_loaded(tmp_path: Path) -> None:
     del tests[0]  # nothing learnt yet
     assert tests[best_at] == max(tests.values()) == result["best_return"]
     assert best.state_dict().keys() == algo.state_dict().keys()
+    absolute = result["absolute"]
+    assert absolute["t_env"] == best_at and len(absolute["returns"]) == 10 * 4
+    assert absolute["return_mean"] == pytest.approx(np.mean(absolute["returns"]))
+    assert Trainer(MATRIX, tmp_path).run()["absolute"] == absolute  # also of a run that had ended
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         load_run(tmp_path / "nowhere")
 
@@ -396,8 +406,10 @@ def test_the_loop_learns(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the size of the process from Linux's /proc")
-def test_memory_stays_flat(tmp_path: Path) -> None:
-    trainer = Trainer(replace(RAGGED, t_max=10**6, checkpoint_interval=10**6, test_interval=10**6), tmp_path)
+@pytest.mark.parametrize(("env", "rounds"), [("ragged:x", 150), (f"{PREY},episode_limit=20", 250)])  # 1,000 episodes
+def test_memory_stays_flat(tmp_path: Path, env: str, rounds: int) -> None:
+    config = replace(RAGGED, env=env, t_max=10**6, checkpoint_interval=10**6, test_interval=10**6)
+    trainer = Trainer(config, tmp_path)
 
     def resident_kb() -> float:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1000
@@ -405,7 +417,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     for _ in range(60):
         trainer._round()
     before = resident_kb()
-    for _ in range(150):
+    for _ in range(rounds):
         trainer._round()
     # Keeping anything per round (a graph, a batch) would show: a batch of this size is some 50 kB.
     assert resident_kb() - before < 4_000

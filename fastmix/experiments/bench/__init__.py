@@ -2,7 +2,8 @@
 
 ``step`` times one learner step, ``ops`` single operators, ``table`` everything that fastmix sets a goal for, each on
 the CPU or on a CUDA device; ``warm`` fills the caches of what a table compiles, ``join`` makes one report of several
-runs. All contestants run interleaved in one process; a case whose numbers do not agree with the reference is not timed.
+runs, ``env`` times rollouts and whole training on an environment. All contestants run interleaved in one process; a
+case whose numbers do not agree with the reference is not timed.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ PRECISIONS = ("highest", "high")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the subcommands ``step``, ``ops``, ``table``, ``warm`` and ``join`` with their options."""
+    """Add the subcommands ``step``, ``ops``, ``table``, ``warm``, ``join`` and ``env`` with their options."""
     commands = parser.add_subparsers(dest="bench_command", metavar="WHAT", required=True)
     _add_step(commands.add_parser("step", help="one learner step against the same step the public way"))
     _add_ops(commands.add_parser("ops", help="single operators against plain PyTorch"))
     _add_table(commands.add_parser("table", help="every speed that fastmix sets a goal for, within about ten minutes"))
     _add_warm(commands.add_parser("warm", help="compile on a CUDA device what the table compiles, without timing it"))
     _add_join(commands.add_parser("join", help="one report of several, written by --json on one machine"))
+    _add_env(commands.add_parser("env", help="rollouts and whole training on an environment"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -137,6 +139,38 @@ def _add_join(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", metavar="FILE", help="write the tables as markdown; - prints them")
     parser.add_argument("--brief", action="store_true", help="print one line for each case that has a goal or failed")
     parser.set_defaults(bench=partial(_shown, _join), threads=None)
+
+
+def _add_env(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="ENV", help="the environment, such as prey:p-2")
+    parser.add_argument("--algo", default="qmix", help="algorithm (default: qmix)")
+    parser.add_argument("--preset", default="pymarl2", help="hyper-parameters: pymarl or pymarl2 (default)")
+    parser.add_argument(
+        "--copies", type=_positive, nargs="+", default=(1, 8, 64), metavar="N", help="copies played (default: 1 8 64)"
+    )
+    parser.add_argument(
+        "--threads", dest="thread_counts", type=_positive, nargs="+", metavar="N",
+        help="threads of torch and of fastmix (default: 1, and as many as there are CPUs)",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=_positive, default=5, help="rounds of training to time (default: 5)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds for each number of copies (default: 2)")
+    parser.add_argument("--public", action="store_true", help="time the same training the public way beside it")
+    parser.add_argument("--json", metavar="FILE", help="write the measurements as JSON; - prints them")
+    parser.set_defaults(bench=_env, threads=None)
+
+
+def _env(args: argparse.Namespace) -> int:
+    from fastmix.experiments.bench import envs
+    from fastmix.train.config import TrainConfig
+    from fastmix.train.sweep import default_workers
+
+    threads = args.thread_counts or sorted({1, default_workers(sys.maxsize)})
+    config = TrainConfig(algo=args.algo, env=args.name, preset=args.preset)
+    content = envs.measure(config, args.copies, threads, rounds=args.rounds, seconds=args.seconds, public=args.public)
+    if args.json != "-":
+        print(envs.text(content))
+    _write(args.json, json.dumps(content, indent=2) + "\n")
+    return 0
 
 
 def _add_common(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ PACKAGE: Final = "fastmix.baselines"
 
 
 def load(name: str) -> ModuleType:
-    """The module ``name`` of the baselines: ``"learner"``, ``"networks"`` or ``"operators"``.
+    """The module ``name`` of the baselines: ``"learner"``, ``"networks"``, ``"operators"`` or ``"training"``.
 
     Raises:
         ImportError: this installation has no baselines.
