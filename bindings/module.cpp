@@ -11,6 +11,7 @@ void register_duplex(py::module_& m);
 void register_monotonic(py::module_& m);
 void register_optimise(py::module_& m);
 void register_prey(py::module_& m);
+void register_quantile(py::module_& m);
 void register_recognise(py::module_& m);
 void register_recurrent(py::module_& m);
 void register_returns(py::module_& m);
@@ -41,6 +42,7 @@ PYBIND11_MODULE(_core, m) {
   fastmix::bindings::register_monotonic(m);
   fastmix::bindings::register_optimise(m);
   fastmix::bindings::register_prey(m);
+  fastmix::bindings::register_quantile(m);
   fastmix::bindings::register_recognise(m);
   fastmix::bindings::register_recurrent(m);
   fastmix::bindings::register_returns(m);

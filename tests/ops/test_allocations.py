@@ -12,8 +12,11 @@ from fastmix import backends
 from fastmix.ops import (
     attention,
     duplex,
+    fractions,
     importance,
+    mean_shape,
     monotonic,
+    quantile_loss,
     recognise,
     recurrent,
     returns,
@@ -21,6 +24,7 @@ from fastmix.ops import (
     td_loss,
     unrestricted,
 )
+from fastmix.ops.td_loss import Favoured
 from fastmix.testing import assert_close, poisoned_allocations
 from tests.generators import (
     Shape,
@@ -57,9 +61,18 @@ def run_returns(backend: str) -> tuple[list[Tensor], list[Tensor]]:
 
 def run_td_loss(backend: str) -> tuple[list[Tensor], list[Tensor]]:
     inputs = [torch.randn(4, 7, 3, requires_grad=True) for _ in range(2)]
-    return list(
-        td_loss(inputs[0], torch.randn(4, 7, 1), episodes(SHAPE, 4, 7).mask, residual=inputs[1], backend=backend)
-    ), inputs
+    loss = td_loss(
+        inputs[0], torch.randn(4, 7, 1), episodes(SHAPE, 4, 7).mask, residual=inputs[1], favoured=Favoured("below"),
+        backend=backend,
+    )  # fmt: skip
+    return [o for o in loss if o is not None], inputs
+
+
+def run_quantile(backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    inputs = [torch.randn(4, 7, 3, 9, requires_grad=True) for _ in range(2)]
+    drawn = fractions((4, 7, 1, 9), torch.tensor([1, 2]), backend=backend)
+    loss = quantile_loss(inputs[0], torch.randn(4, 7, 1, 5), drawn, episodes(SHAPE, 4, 7).mask, backend=backend)
+    return [*loss, *mean_shape(inputs[1], backend=backend), drawn], inputs
 
 
 def run_monotonic(backend: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -112,7 +125,7 @@ def run_recognise(backend: str) -> tuple[list[Tensor], list[Tensor]]:
 
 
 OPS: dict[str, Callable[[str], tuple[list[Tensor], list[Tensor]]]] = {
-    "select": run_select, "returns": run_returns, "td_loss": run_td_loss,
+    "select": run_select, "returns": run_returns, "td_loss": run_td_loss, "quantile": run_quantile,
     "monotonic": run_monotonic, "recurrent": run_recurrent, "duplex": run_duplex, "importance": run_importance,
     "attention": run_attention, "unrestricted": run_unrestricted, "recognise": run_recognise,
 }  # fmt: skip

@@ -27,7 +27,7 @@ class Problem(NamedTuple):
     """One computation in both ways, to the same numbers."""
 
     module: nn.Module
-    """the public way; called with ``inputs``, to ``[rows, 1, 1]``"""
+    """the public way"""
     inputs: tuple[Tensor, ...]
     """``[rows, 1, X]``, differentiable as in training"""
     ours: Callable[..., Tensor]
@@ -38,6 +38,8 @@ class Problem(NamedTuple):
     """inputs and outputs of the first layers, those over the same inputs merged"""
     later: list[tuple[int, int]]
     """and of the others"""
+    public: Callable[..., Tensor] = lambda module, *inputs: module(*inputs)
+    """called with the module, as it is or compiled, and ``inputs``, to ``[rows, 1, 1]``"""
     idle: Callable[[Any], list[Tensor]] = lambda module: []
     """parameters of the module that do not move the value: their gradients are rounding, and are not compared"""
 
@@ -73,7 +75,7 @@ def attention(
         arguments,
         [(sizes.state_dim, (heads + 1) * hidden + embed)],
         [*[(hidden, embed), (embed, own)] * heads, (hidden, heads), (embed, 1)],
-        lambda module: [key.bias for key in module.key_embedding_layers],  # they move all logits of a head alike
+        idle=lambda module: [key.bias for key in module.key_embedding_layers],  # they move all logits of a head alike
     )
     return _case("attention", shape, rows, train, setting, compiled, problem)
 
@@ -114,6 +116,8 @@ def recognise(
     module = baselines.load("networks").Recogniser(sizes.n_agents, sizes.n_actions, sizes.state_dim, embed, hypernet)
     actions = torch.randint(sizes.n_actions, (rows, 1, sizes.n_agents), device=setting.device)
     greedy = setting.new(rows, 1, sizes.n_agents) * 0
+    # A replay of the public trainers has the one-hots at hand.
+    one_hots = joint_one_hot(actions, sizes.n_actions, setting.dtype)
 
     def ours(advantages: Tensor, states: Tensor, actions: Tensor, module: Any, backend: str | None = None) -> Tensor:
         params = RecogniserParams(_layers(module.hyper_w1), _layers(module.hyper_w2), _layers(module.V))
@@ -131,6 +135,7 @@ def recognise(
         arguments,
         [(sizes.state_dim + sizes.n_agents * sizes.n_actions, 2 * hypernet), (sizes.state_dim, embed)],
         [(hypernet, sizes.n_agents * embed), (hypernet, embed), (embed, 1)],
+        lambda module, advantages, states, actions: module(advantages, states, one_hots)[0],
     )
     return _case("recognise", shape, rows, train, setting, compiled, problem)
 
@@ -141,8 +146,10 @@ def _case(
     module, inputs = problem.module, problem.inputs
     forwards: dict[str, Callable[[], Tensor]] = {
         "ours": partial(problem.ours, *inputs, module),
-        "eager": partial(module, *inputs),
-        **{name: partial(call, *inputs) for name, call in _compilations(module, compiled).items()},
+        **{
+            name: partial(problem.public, call, *inputs)
+            for name, call in {"eager": module, **_compilations(module, compiled)}.items()
+        },
     }
     cotangent = setting.new(rows, 1, 1)
     contestants = _passes(forwards, _leaves(inputs, module), cotangent, train, setting)
@@ -178,7 +185,7 @@ def _errors(problem: Problem, cotangent: Tensor, setting: Setting) -> Mapping[st
         return [value], torch.autograd.grad(value, leaves, upstream().to(value.dtype))
 
     ours = partial(results, lambda *inputs: problem.ours(*inputs, problem.module), problem.inputs, problem.module)
-    public = partial(results, problem.module, problem.inputs, problem.module)
+    public = partial(results, partial(problem.public, problem.module), problem.inputs, problem.module)
     return compared(
         {"ours": setting.entered(ours), "eager": setting.entered(public)},
         lambda: results(lambda *inputs: problem.ours(*inputs, exact, "reference"), doubled, exact),
