@@ -223,68 +223,6 @@ class Recogniser(nn.Module):
         return q_r.view(episodes, -1, 1), v.view(episodes, -1, 1)
 
 
-class QPLEXMixer(nn.Module):
-    """QPLEX (Wang et al. 2021): transform, and three networks of its own for each kernel of the importance weights."""
-
-    def __init__(
-        self,
-        n_agents: int,
-        n_actions: int,
-        state_dim: int,
-        hypernet_embed: int = 64,
-        num_kernel: int = 4,
-        adv_hypernet_layers: int = 2,
-        adv_hypernet_embed: int = 64,
-    ) -> None:
-        super().__init__()
-        self.n_agents = n_agents
-        hidden = [adv_hypernet_embed] * (adv_hypernet_layers - 1)
-
-        def network(*sizes: int) -> nn.Sequential:
-            layers: list[nn.Module] = [nn.Linear(sizes[0], sizes[1])]
-            for inputs, outputs in itertools.pairwise(sizes[1:]):
-                layers += [nn.ReLU(), nn.Linear(inputs, outputs)]
-            return nn.Sequential(*layers)
-
-        def kernels(inputs: int, outputs: int) -> nn.ModuleList:
-            return nn.ModuleList(network(inputs, *hidden, outputs) for _ in range(num_kernel))
-
-        self.hyper_w_final = network(state_dim, hypernet_embed, n_agents)
-        self.V = network(state_dim, hypernet_embed, n_agents)
-        self.key_extractors = kernels(state_dim, 1)
-        self.agents_extractors = kernels(state_dim, n_agents)
-        self.action_extractors = kernels(state_dim + n_agents * n_actions, n_agents)
-
-    def forward(self, agent_qs: Tensor, states: Tensor, actions: Tensor, max_qs: Tensor) -> Tensor:
-        """``[N, A]``, ``[N, S]``, one-hots ``[N, A * U]``, ``[N, A]`` -> ``[N, 1]``.
-
-        Public learners call the mixer once for each part and add them up.
-        """
-        return self.values(agent_qs, states) + self.advantages(agent_qs, states, actions, max_qs)
-
-    def values(self, agent_qs: Tensor, states: Tensor) -> Tensor:
-        """The first part."""
-        scale = torch.abs(self.hyper_w_final(states)) + 1e-10
-        return (scale * agent_qs + self.V(states)).sum(-1, keepdim=True)
-
-    def advantages(self, agent_qs: Tensor, states: Tensor, actions: Tensor, max_qs: Tensor) -> Tensor:
-        """The second part."""
-        scale, shift = torch.abs(self.hyper_w_final(states)) + 1e-10, self.V(states)
-        advantages = ((scale * agent_qs + shift) - (scale * max_qs + shift)).detach()
-        return (advantages * (self.importance(states, actions) - 1)).sum(-1, keepdim=True)
-
-    def importance(self, states: Tensor, actions: Tensor) -> Tensor:
-        """``[N, S]`` and one-hots ``[N, A * U]`` -> ``[N, A]``."""
-        both = torch.cat([states, actions], -1)
-        heads = []
-        for key, agents, action in zip(
-            self.key_extractors, self.agents_extractors, self.action_extractors, strict=True
-        ):
-            positive = torch.abs(key(states)).repeat(1, self.n_agents) + 1e-10
-            heads.append(positive * torch.sigmoid(agents(states)) * torch.sigmoid(action(both)))
-        return torch.stack(heads, 1).sum(1)
-
-
 def _network(*sizes: int) -> nn.Module:
     """Linear layers with ReLU between them; a single one is a bare `nn.Linear`."""
     linear = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import harness
-from fastmix.experiments.bench import cases
+from fastmix.experiments.bench import joint
 from tests.generators import SHAPES
 
 LARGE = [name for name, shape in SHAPES.items() if shape.state_dim > 5]
@@ -20,7 +20,7 @@ LARGE = [name for name, shape in SHAPES.items() if shape.state_dim > 5]
     ),
 )
 def test_training(benchmark: Any, problem: tuple[str, int], contestant: str) -> None:
-    harness.run(benchmark, cases.duplex, problem, contestant)
+    harness.run(benchmark, joint.duplex, problem, contestant)
 
 
 @pytest.mark.parametrize(
@@ -28,4 +28,4 @@ def test_training(benchmark: Any, problem: tuple[str, int], contestant: str) -> 
     harness.contestants(((shape, rows, False) for rows in (1, 64) for shape in LARGE), ("ours", "eager", "compile")),
 )
 def test_forward(benchmark: Any, problem: tuple[str, int, bool], contestant: str) -> None:
-    harness.run(benchmark, cases.duplex, problem, contestant)
+    harness.run(benchmark, joint.duplex, problem, contestant)

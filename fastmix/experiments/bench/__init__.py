@@ -20,8 +20,8 @@ import torch
 
 from fastmix.testing.shapes import SHAPES
 
-JOINT = ("attention", "recognise", "unrestricted")
-OPS = ("monotonic", "duplex", *JOINT, "quantile", "recurrent", "returns", "select", "td_loss")
+JOINT = ("duplex", "attention", "recognise", "unrestricted")
+OPS = ("monotonic", *JOINT, "quantile", "recurrent", "returns", "select", "td_loss")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 BASELINES = ("eager", "compile", "autotune", "whole")
@@ -93,7 +93,7 @@ def _add_ops(parser: argparse.ArgumentParser) -> None:
         "--rows",
         action="append",
         type=_positive,
-        help="rows of monotonic, duplex and an acting step (default: 1920, 15360)",
+        help="rows of mixers and an acting step (default: 1920, 15360)",
     )
     parser.add_argument("--forward", action="store_true", help="forward without gradients instead of a training pass")
     parser.add_argument("--acting", action="store_true", help="recurrent: single acting steps of --rows rows")
@@ -101,7 +101,7 @@ def _add_ops(parser: argparse.ArgumentParser) -> None:
         "--baseline",
         type=_names,
         default=("eager", "compile"),
-        help="names of eager, compile and, of monotonic and duplex, autotune (default: eager,compile)",
+        help="names of eager, compile and, of mixers, autotune (default: eager,compile)",
     )
     _add_common(parser, _measure_ops)
 
@@ -295,7 +295,7 @@ def _planned_ops(args: argparse.Namespace) -> Iterator[Any]:
     for op in args.op or OPS:
         for shape in shapes:
             sizes = SHAPES[shape]
-            if op in ("monotonic", "duplex", *JOINT):
+            if op in ("monotonic", *JOINT):
                 build = getattr(joint if op in JOINT else cases, op)
                 for rows in args.rows or (1_920, 15_360):
                     yield Planned(partial(build, shape, rows, train, setting, compiled))

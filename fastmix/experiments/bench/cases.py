@@ -9,7 +9,6 @@ nothing of ours is timed that errs by more than twice what the public way errs b
 
 from __future__ import annotations
 
-import copy
 import gc
 import math
 import multiprocessing
@@ -30,14 +29,9 @@ from fastmix.experiments.bench.parity import (
     Error,
     Results,
     compared,
-    near_duplex_kink,
     near_input_kink,
     near_mixing_kink,
 )
-from fastmix.mixers.layers import grouped, layers
-from fastmix.ops._layers import joint_one_hot
-from fastmix.ops._networks import flatten
-from fastmix.ops.duplex import DuplexParams, ImportanceParams
 from fastmix.ops.monotonic import MonotonicParams
 from fastmix.ops.recurrent import RecurrentOutput, RecurrentParams, Stepper
 from fastmix.testing.bench import Rotating, peak_memory, saved_bytes
@@ -233,69 +227,6 @@ def monotonic(
         captured=("ours", *able.others, "eager", *COMPILERS, "products"),
         floor=lambda ceilings: bounds.monotonic(
             rows, sizes.n_agents, sizes.state_dim, train, ceilings.rate(setting.precision, setting.autocast), ceilings
-        ),
-        absent=able.absent,
-        backend=able.chosen,
-    )
-
-
-def duplex(
-    shape: str,
-    rows: int,
-    train: bool = True,
-    setting: Setting = FLOAT32,
-    compiled: Sequence[str] = ("compile",),
-) -> Case:
-    """QPLEX's mixer as in pymarl2 (4 kernels of two layers, width 64); gradients for utilities and parameters.
-
-    The public way has the one-hots at hand, as its batches do. ``compiled`` names the `COMPILERS` to compare with.
-    """
-    sizes = SHAPES[shape]
-    torch.manual_seed(_SEED)
-    mixer: nn.Module = baselines.load("networks").QPLEXMixer(sizes.n_agents, sizes.n_actions, sizes.state_dim)
-    mixer = mixer.to(setting.device, setting.dtype)
-    params = dueling_params(mixer)
-    agent_qs, states = _mixing_inputs(shape, rows, setting)
-    max_qs = agent_qs.detach() + setting.new(rows, sizes.n_agents).abs()
-    actions = torch.randint(sizes.n_actions, (rows, sizes.n_agents), device=setting.device)
-    one_hots = joint_one_hot(actions, sizes.n_actions, setting.dtype)
-    cotangent = setting.new(rows, 1)
-
-    def op(backend: str | None = None) -> Callable[[], Tensor]:
-        return lambda: ops.duplex(agent_qs, max_qs, states, actions, params, backend=backend).q_tot
-
-    def passes(calls: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], object]]:
-        return _passes(calls, [agent_qs, *_all_layers(params)], cotangent, train, setting)
-
-    able = _backends("duplex", setting, lambda backend: passes({"ours": op(backend)})["ours"])
-    ours = {"ours": op(), **{name: op(name) for name in able.others}}
-    modules: dict[str, Callable[..., Tensor]] = {"eager": mixer, **_compilations(mixer, compiled)}
-    public = {name: partial(module, agent_qs, states, one_hots, max_qs) for name, module in modules.items()}
-    contestants = passes(ours)
-    contestants |= _passes(public, [agent_qs, *mixer.parameters()], cotangent, train, setting)
-    if train:
-        contestants["products"] = baselines.load("operators").duplex_products(
-            rows,
-            *(sizes.n_agents, sizes.n_actions, sizes.state_dim),
-            dtype=setting.autocast or setting.dtype,
-            device=setting.device,
-        )
-    return Case(
-        "duplex",
-        "forward+backward" if train else "forward",
-        shape,
-        {"rows": rows},
-        contestants,
-        _duplex_errors(ours, mixer, (agent_qs, max_qs, states, actions), params, one_hots, cotangent, setting),
-        setting.tolerance,
-        setting=setting,
-        captured=("ours", *able.others, "eager", *COMPILERS, "products"),
-        floor=lambda ceilings: bounds.duplex(
-            rows,
-            *(sizes.n_agents, sizes.n_actions, sizes.state_dim),
-            train,
-            ceilings.rate(setting.precision, setting.autocast),
-            ceilings,
         ),
         absent=able.absent,
         backend=able.chosen,
@@ -634,17 +565,6 @@ def mixing_params(mixer: nn.Module) -> MonotonicParams:
     return MonotonicParams(*w1, *w2, m.hyper_b_1.weight, m.hyper_b_1.bias, *_hypernet(m.V))
 
 
-def dueling_params(mixer: nn.Module) -> DuplexParams:
-    """The baseline mixer's parameters as `fastmix.ops.duplex` takes them, those of all kernels together."""
-    m: Any = mixer
-    params = DuplexParams(
-        layers(m.hyper_w_final),
-        layers(m.V),
-        ImportanceParams(grouped(m.key_extractors), grouped(m.agents_extractors), grouped(m.action_extractors)),
-    )
-    return _map_layers(params, lambda x: x.detach().clone().requires_grad_())
-
-
 def utility_params(cell: nn.Module) -> RecurrentParams:
     """The baseline agent's parameters in the order of `fastmix.ops.recurrent`."""
     c: Any = cell
@@ -781,56 +701,6 @@ def _monotonic_errors(
     return compared(
         {name: rounded(call) for name, call in calls.items()}, lambda: results(reference, agent_qs.double(), exact)
     )
-
-
-def _duplex_errors(
-    calls: Mapping[str, Callable[[], Tensor]],
-    mixer: nn.Module,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    params: DuplexParams,
-    one_hots: Tensor,
-    cotangent: Tensor,
-    setting: Setting,
-) -> dict[str, Callable[[], Error]]:
-    agent_qs, max_qs, states, actions = inputs
-    exact = _map_layers(params, lambda x: x.detach().double().requires_grad_())
-
-    @cache
-    def upstream() -> Tensor:
-        return cotangent * ~near_duplex_kink(states.double(), actions, exact)
-
-    def results(q_tot: Tensor, leaves: Sequence[Tensor]) -> Results:
-        return [q_tot], torch.autograd.grad(q_tot, leaves, upstream().to(q_tot.dtype))
-
-    def public() -> Results:
-        named = dict(mixer.named_parameters())
-        values, gradients = results(mixer(agent_qs, states, one_hots, max_qs), [agent_qs, *named.values()])
-        found = copy.deepcopy(mixer).requires_grad_(False)
-        found.load_state_dict(dict(zip(named, gradients[1:], strict=True)))
-        return values, [gradients[0], *_all_layers(dueling_params(found))]
-
-    def reference() -> Results:
-        doubled = agent_qs.detach().double().requires_grad_()
-        q_tot = ops.duplex(doubled, max_qs.double(), states.double(), actions, exact, backend="reference").q_tot
-        return results(q_tot, [doubled, *_all_layers(exact)])
-
-    rounded: dict[str, Callable[[], Results]] = {
-        name: lambda call=call: results(call(), [agent_qs, *_all_layers(params)])  # type: ignore[misc]
-        for name, call in calls.items()
-    }
-    rounded["eager"] = public
-    return compared({name: setting.entered(call) for name, call in rounded.items()}, reference)
-
-
-def _all_layers(params: DuplexParams) -> list[Tensor]:
-    return flatten((params.scale, params.shift, *params.importance))[0]
-
-
-def _map_layers(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    parts = [_map_layers(part, change) for part in value]
-    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
 
 
 def _recurrent_errors(

@@ -1,4 +1,4 @@
-"""Cases of the operators that make a joint value of small networks: `attention`, `unrestricted`, `recognise`."""
+"""Cases of the operators that make a joint value of small networks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fastmix import ops
-from fastmix.experiments.bench import baselines
-from fastmix.experiments.bench.cases import FLOAT32, Case, Setting, _compilations, _passes
+from fastmix.experiments.bench import baselines, bounds
+from fastmix.experiments.bench.bounds import Ceilings
+from fastmix.experiments.bench.cases import COMPILERS, FLOAT32, Case, Setting, _backends, _compilations, _passes
 from fastmix.experiments.bench.parity import Results, compared, near_zero
 from fastmix.ops._layers import Layers, Linear, joint_one_hot, mlp
 from fastmix.ops.attention import AttentionParams
-from fastmix.ops.duplex import RecogniserParams
+from fastmix.ops.duplex import DuplexParams, ImportanceParams, RecogniserParams
 from fastmix.ops.unrestricted import UnrestrictedParams
 from fastmix.testing.shapes import SHAPES
 
@@ -34,14 +35,13 @@ class Problem(NamedTuple):
     """called with ``inputs``, the module and a backend, to ``[rows, 1, 1]``"""
     arguments: Callable[..., list[Tensor]]
     """called with ``inputs`` of ``[rows, X]`` and the module: what relu and abs are applied to"""
-    first: list[tuple[int, int]]
-    """inputs and outputs of the first layers, those over the same inputs merged"""
-    later: list[tuple[int, int]]
-    """and of the others"""
+    products: Callable[..., Callable[[], None]]
+    """called with dtype and device: the matrix products alone"""
     public: Callable[..., Tensor] = lambda module, *inputs: module(*inputs)
     """called with the module, as it is or compiled, and ``inputs``, to ``[rows, 1, 1]``"""
     idle: Callable[[Any], list[Tensor]] = lambda module: []
     """parameters of the module that do not move the value: their gradients are rounding, and are not compared"""
+    floor: Callable[[Ceilings], float] | None = None
 
 
 def attention(
@@ -73,8 +73,12 @@ def attention(
         (setting.new(rows, 1, sizes.n_agents, requires_grad=True), setting.new(rows, 1, sizes.state_dim)),
         ours,
         arguments,
-        [(sizes.state_dim, (heads + 1) * hidden + embed)],
-        [*[(hidden, embed), (embed, own)] * heads, (hidden, heads), (embed, 1)],
+        partial(
+            _products,
+            rows,
+            [(sizes.state_dim, (heads + 1) * hidden + embed)],
+            [*[(hidden, embed), (embed, own)] * heads, (hidden, heads), (embed, 1)],
+        ),
         idle=lambda module: [key.bias for key in module.key_embedding_layers],  # they move all logits of a head alike
     )
     return _case("attention", shape, rows, train, setting, compiled, problem)
@@ -101,8 +105,12 @@ def unrestricted(
         (setting.new(rows, 1, sizes.n_agents, requires_grad=True), setting.new(rows, 1, sizes.state_dim)),
         ours,
         arguments,
-        [(sizes.state_dim + sizes.n_agents, width), (sizes.state_dim, width)],
-        [(width, width), (width, width), (width, 1), (width, 1)],
+        partial(
+            _products,
+            rows,
+            [(sizes.state_dim + sizes.n_agents, width), (sizes.state_dim, width)],
+            [(width, width), (width, width), (width, 1), (width, 1)],
+        ),
     )
     return _case("unrestricted", shape, rows, train, setting, compiled, problem)
 
@@ -133,45 +141,114 @@ def recognise(
         (setting.new(rows, 1, sizes.n_agents), setting.new(rows, 1, sizes.state_dim), actions),
         ours,
         arguments,
-        [(sizes.state_dim + sizes.n_agents * sizes.n_actions, 2 * hypernet), (sizes.state_dim, embed)],
-        [(hypernet, sizes.n_agents * embed), (hypernet, embed), (embed, 1)],
+        partial(
+            _products,
+            rows,
+            [(sizes.state_dim + sizes.n_agents * sizes.n_actions, 2 * hypernet), (sizes.state_dim, embed)],
+            [(hypernet, sizes.n_agents * embed), (hypernet, embed), (embed, 1)],
+        ),
         lambda module, advantages, states, actions: module(advantages, states, one_hots)[0],
     )
     return _case("recognise", shape, rows, train, setting, compiled, problem)
+
+
+def duplex(
+    shape: str, rows: int, train: bool = True, setting: Setting = FLOAT32, compiled: Sequence[str] = ("compile",)
+) -> Case:
+    """QPLEX's mixer as in pymarl2 (four kernels of two layers, width 64), both of its parts."""
+    sizes = SHAPES[shape]
+    joint = (sizes.n_agents, sizes.n_actions, sizes.state_dim)
+    torch.manual_seed(_SEED)
+    module = baselines.load("networks").DuplexMixer(*joint)
+    agent_qs = setting.new(rows, 1, sizes.n_agents, requires_grad=True)
+    max_qs = agent_qs.detach() + setting.new(rows, 1, sizes.n_agents).abs()
+    actions = torch.randint(sizes.n_actions, (rows, 1, sizes.n_agents), device=setting.device)
+    one_hots = joint_one_hot(actions, sizes.n_actions, setting.dtype)
+
+    def ours(
+        agent_qs: Tensor, states: Tensor, max_qs: Tensor, actions: Tensor, module: Any, backend: str | None = None
+    ) -> Tensor:
+        kernels = module.si_weight
+        importance = (kernels.key_extractors, kernels.agents_extractors, kernels.action_extractors)
+        params = DuplexParams(
+            _layers(module.hyper_w_final), _layers(module.V), ImportanceParams(*map(_grouped, importance))
+        )
+        return ops.duplex(agent_qs, max_qs, states, actions, params, backend=backend).q_tot
+
+    def public(module: Any, agent_qs: Tensor, states: Tensor, max_qs: Tensor, actions: Tensor) -> Tensor:
+        value: Tensor = module(agent_qs, states, is_v=True) + module(agent_qs, states, one_hots, max_qs)
+        return value
+
+    def arguments(agent_qs: Tensor, states: Tensor, max_qs: Tensor, actions: Tensor, module: Any) -> list[Tensor]:
+        both, kernels = torch.cat([states, joint_one_hot(actions, sizes.n_actions, states.dtype)], -1), module.si_weight
+        reading_states = [module.hyper_w_final, module.V, *kernels.key_extractors, *kernels.agents_extractors]
+        hidden = [net[0](states) for net in reading_states] + [net[0](both) for net in kernels.action_extractors]
+        return [*hidden, *(net(states) for net in (module.hyper_w_final, *kernels.key_extractors))]
+
+    problem = Problem(
+        module.to(setting.device, setting.dtype),
+        (agent_qs, setting.new(rows, 1, sizes.state_dim), max_qs, actions),
+        ours,
+        arguments,
+        partial(baselines.load("operators").duplex_products, rows, *joint),
+        public,
+        floor=lambda ceilings: bounds.duplex(
+            rows, *joint, train, ceilings.rate(setting.precision, setting.autocast), ceilings
+        ),
+    )
+    return _case("duplex", shape, rows, train, setting, compiled, problem)
 
 
 def _case(
     op: str, shape: str, rows: int, train: bool, setting: Setting, compiled: Sequence[str], problem: Problem
 ) -> Case:
     module, inputs = problem.module, problem.inputs
-    forwards: dict[str, Callable[[], Tensor]] = {
-        "ours": partial(problem.ours, *inputs, module),
-        **{
-            name: partial(problem.public, call, *inputs)
-            for name, call in {"eager": module, **_compilations(module, compiled)}.items()
-        },
-    }
     cotangent = setting.new(rows, 1, 1)
-    contestants = _passes(forwards, _leaves(inputs, module), cotangent, train, setting)
+
+    def passes(calls: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], object]]:
+        return _passes(calls, _leaves(inputs, module), cotangent, train, setting)
+
+    def mine(backend: str | None = None) -> Callable[[], Tensor]:
+        return partial(problem.ours, *inputs, module, backend=backend)
+
+    able = _backends(op, setting, lambda backend: passes({"ours": mine(backend)})["ours"])
+    public = {"eager": module, **_compilations(module, compiled)}
+    contestants = passes(
+        {"ours": mine(), **{name: mine(name) for name in able.others}}
+        | {name: partial(problem.public, call, *inputs) for name, call in public.items()}
+    )
     if train:
-        contestants["products"] = baselines.load("operators").network_products(
-            rows, problem.first, problem.later, dtype=setting.autocast or setting.dtype, device=setting.device
-        )
+        contestants["products"] = problem.products(dtype=setting.autocast or setting.dtype, device=setting.device)
     return Case(
         op,
         "forward+backward" if train else "forward",
         shape,
         {"rows": rows},
         contestants,
-        _errors(problem, cotangent, setting),
+        _errors(problem, able.others, cotangent, setting),
         setting.tolerance,
         setting=setting,
-        captured=("ours", "eager", "compile", "autotune", "products"),
+        captured=("ours", *able.others, "eager", *COMPILERS, "products"),
+        floor=problem.floor,
+        absent=able.absent,
+        backend=able.chosen,
     )
 
 
-def _errors(problem: Problem, cotangent: Tensor, setting: Setting) -> Mapping[str, Callable[[], Any]]:
-    exact, doubled = copy.deepcopy(problem.module).double(), tuple(map(_doubled, problem.inputs))
+def _products(
+    rows: int, first: list[tuple[int, int]], later: list[tuple[int, int]], dtype: torch.dtype, device: str
+) -> Callable[[], None]:
+    products: Callable[[], None] = baselines.load("operators").network_products(
+        rows, first, later, dtype=dtype, device=device
+    )
+    return products
+
+
+def _errors(
+    problem: Problem, others: Sequence[str], cotangent: Tensor, setting: Setting
+) -> Mapping[str, Callable[[], Any]]:
+    module, exact = problem.module, copy.deepcopy(problem.module).double()
+    doubled = tuple(map(_doubled, problem.inputs))
 
     @cache
     def upstream() -> Tensor:
@@ -184,11 +261,14 @@ def _errors(problem: Problem, cotangent: Tensor, setting: Setting) -> Mapping[st
         leaves = [tensor for tensor in _leaves(inputs, module) if id(tensor) not in idle]
         return [value], torch.autograd.grad(value, leaves, upstream().to(value.dtype))
 
-    ours = partial(results, lambda *inputs: problem.ours(*inputs, problem.module), problem.inputs, problem.module)
-    public = partial(results, partial(problem.public, problem.module), problem.inputs, problem.module)
+    def by(module: nn.Module, backend: str | None = None) -> Callable[..., Tensor]:
+        return lambda *inputs: problem.ours(*inputs, module, backend)
+
+    calls = {"ours": by(module), **{name: by(module, name) for name in others}}
+    calls["eager"] = partial(problem.public, module)
     return compared(
-        {"ours": setting.entered(ours), "eager": setting.entered(public)},
-        lambda: results(lambda *inputs: problem.ours(*inputs, exact, "reference"), doubled, exact),
+        {name: setting.entered(partial(results, call, problem.inputs, module)) for name, call in calls.items()},
+        lambda: results(by(exact, "reference"), doubled, exact),
     )
 
 

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastmix.ops._layers import joint_one_hot, mlp
-from fastmix.ops.duplex import DuplexParams
 from fastmix.ops.monotonic import MonotonicParams
 from fastmix.ops.recurrent import RecurrentParams
 from fastmix.testing import rms_ratio
@@ -88,22 +86,6 @@ def near_mixing_kink(states: Tensor, p: MonotonicParams) -> Tensor:
 def near_zero(arguments: Sequence[Tensor]) -> Tensor:
     """``[N, 1]`` bool: rows where one of the arguments of relu or abs, ``[N, X]``, is within rounding of zero."""
     return torch.stack([(x.abs() < _KINK).any(-1) for x in arguments]).any(0).unsqueeze(-1)
-
-
-@torch.no_grad()
-def near_duplex_kink(states: Tensor, actions: Tensor, p: DuplexParams) -> Tensor:
-    """``[N, 1]`` bool: rows where relu or abs of `duplex` has an argument within rounding of zero."""
-    n_actions = (p.importance.action[0].weight.shape[-1] - states.shape[-1]) // actions.shape[-1]
-    both = torch.cat([states, joint_one_hot(actions, n_actions, states.dtype)], -1)
-    arguments = [mlp(states, network) for network in (p.scale, p.importance.key)]
-    for x, network in [(states, p.scale), (states, p.shift), *zip((states, states, both), p.importance, strict=True)]:
-        arguments += [mlp(x, network[:layers]) for layers in range(1, len(network))]
-    near = torch.stack([(x.abs() < _KINK).any(-1).any(0) for x in map(_grouped, arguments)])
-    return near.any(0).unsqueeze(-1)
-
-
-def _grouped(x: Tensor) -> Tensor:
-    return x if x.dim() == 3 else x.unsqueeze(0)
 
 
 @torch.no_grad()
