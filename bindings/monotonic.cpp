@@ -6,12 +6,12 @@
 #include <optional>
 
 #include "check.h"
+#include "rows.h"
 
 namespace fastmix::bindings {
 namespace {
 
 using Addresses = std::array<Address, 14>;  // of the parameters, in the order of MonotonicWeights
-using Rows = std::array<int64_t, 5>;        // address, and the fields of StridedRows behind it
 using Sizes = std::array<int64_t, 5>;       // rows, agents, embed, hidden, state_dim
 
 MonotonicShape shape(const Sizes& sizes, int positivity, double beta, int threads) {
@@ -20,17 +20,6 @@ MonotonicShape shape(const Sizes& sizes, int positivity, double beta, int thread
   check(positivity >= 0 && positivity <= 3, "unknown positivity");
   check(beta > 0, "beta must be positive");
   return {rows, agents, embed, hidden, state_dim, static_cast<Positivity>(positivity), beta, threads};
-}
-
-// Rows whose groups follow each other evenly come as one group.
-template <class T>
-StridedRows<T> strided(const Rows& rows, int64_t count, const char* name) {
-  const auto [address, inner, outer_stride, inner_stride, column_stride] = rows;
-  check(inner >= 1 || count == 0, "rows must come in groups of at least one");
-  const auto* data = pointer<const T>(static_cast<Address>(address), count, name);
-  if (inner == 1 && count > 1) return {data, count, 0, outer_stride, column_stride};
-  if (inner < 1 || outer_stride == inner * inner_stride) return {data, count + 1, 0, inner_stride, column_stride};
-  return {data, inner, outer_stride, inner_stride, column_stride};
 }
 
 template <class T>

@@ -53,9 +53,136 @@ class Workspace:
     """Memory of a pool that outlives calls; contents undefined."""
     def __init__(self, bytes: int) -> None: ...
 
+def attention_backward_float32(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: int,
+    arg4: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg5: Sequence[int],
+    arg6: Sequence[int],
+    arg7: bool,
+    arg8: bool,
+    arg9: bool,
+    arg10: Sequence[int],
+    arg11: Sequence[int],
+    arg12: Sequence[int],
+    arg13: Sequence[int],
+    arg14: int,
+    /,
+) -> None: ...
+def attention_backward_float64(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: int,
+    arg4: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg5: Sequence[int],
+    arg6: Sequence[int],
+    arg7: bool,
+    arg8: bool,
+    arg9: bool,
+    arg10: Sequence[int],
+    arg11: Sequence[int],
+    arg12: Sequence[int],
+    arg13: Sequence[int],
+    arg14: int,
+    /,
+) -> None: ...
+
+attention_block_rows: int
+
+def attention_forward_float32(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: int,
+    arg4: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg5: Sequence[int],
+    arg6: Sequence[int],
+    arg7: bool,
+    arg8: bool,
+    arg9: Sequence[int],
+    arg10: int,
+    /,
+) -> None: ...
+def attention_forward_float64(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: int,
+    arg4: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg5: Sequence[int],
+    arg6: Sequence[int],
+    arg7: bool,
+    arg8: bool,
+    arg9: Sequence[int],
+    arg10: int,
+    /,
+) -> None: ...
+
 compiler: str
 cuda: bool
 
+def duplex_backward_float32(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg6: Sequence[int],
+    arg7: Sequence[int],
+    arg8: Sequence[int],
+    arg9: Sequence[int],
+    arg10: int,
+    /,
+) -> None: ...
+def duplex_backward_float64(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg6: Sequence[int],
+    arg7: Sequence[int],
+    arg8: Sequence[int],
+    arg9: Sequence[int],
+    arg10: int,
+    /,
+) -> None: ...
+
+duplex_block_rows: int
+
+def duplex_forward_float32(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg6: Sequence[int],
+    arg7: bool,
+    arg8: bool,
+    arg9: Sequence[int],
+    arg10: int,
+    /,
+) -> None: ...
+def duplex_forward_float64(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg6: Sequence[int],
+    arg7: bool,
+    arg8: bool,
+    arg9: Sequence[int],
+    arg10: int,
+    /,
+) -> None: ...
 def fractions_cuda_float32(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, /) -> None: ...
 def fractions_cuda_float64(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, /) -> None: ...
 def fractions_float32(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, /) -> None: ...
@@ -440,6 +567,62 @@ def quantile_loss_float64(
     arg20: int,
     /,
 ) -> None: ...
+def recognise_backward_float32(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg6: Sequence[int],
+    arg7: Sequence[int],
+    arg8: int,
+    arg9: int,
+    /,
+) -> None: ...
+def recognise_backward_float64(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg6: Sequence[int],
+    arg7: Sequence[int],
+    arg8: int,
+    arg9: int,
+    /,
+) -> None: ...
+
+recognise_block_rows: int
+
+def recognise_forward_float32(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg6: Sequence[int],
+    arg7: Sequence[int],
+    arg8: int,
+    /,
+) -> None: ...
+def recognise_forward_float64(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg6: Sequence[int],
+    arg7: Sequence[int],
+    arg8: int,
+    /,
+) -> None: ...
+def recognise_sign_bytes(arg0: bool, /) -> int:
+    """Bytes of signs of one column and block."""
+
 def recurrent_backward(
     arg0: int,
     arg1: int,
@@ -936,6 +1119,57 @@ def td_loss_forward_float64(
     arg25: int,
     arg26: int,
     arg27: int,
+    /,
+) -> None: ...
+def unrestricted_backward_float32(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    /,
+) -> None: ...
+def unrestricted_backward_float64(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    /,
+) -> None: ...
+
+unrestricted_block_rows: int
+
+def unrestricted_forward_float32(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    /,
+) -> None: ...
+def unrestricted_forward_float64(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg5: int,
+    arg6: int,
+    arg7: int,
     /,
 ) -> None: ...
 def workspace_clear() -> None:

@@ -33,8 +33,10 @@ TABLE: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "monotonic": {"cpu": ("native", "reference", "triton"), "cuda": ("native", "triton", "reference")},
     "recurrent": {"cpu": ("native", "reference", "cudnn"), "cuda": ("native", "cudnn", "reference")},
     "implicit": {"cpu": ("native", "reference")},
-    # So far plain PyTorch everywhere.
-    **{op: {} for op in ("attention", "duplex", "importance", "recognise", "unrestricted")},
+    **{
+        op: {"cpu": ("native", "reference", "triton"), "cuda": ("triton", "reference")}
+        for op in ("attention", "duplex", "importance", "recognise", "unrestricted")
+    },
 }
 
 NATIVE_DTYPES: Final = (torch.float32, torch.float64)

@@ -84,6 +84,35 @@ class ImportanceWeights(nn.Module):
         return torch.stack(weights, dim=1).sum(dim=1)
 
 
+class Qatten(nn.Module):
+    """Qatten (Yang et al. 2020): a query and a key network a head, one head after another, weighted heads, ``c(s)``."""
+
+    def __init__(
+        self, n_agents: int, state_dim: int, own_size: int, heads: int = 4, embed_dim: int = 32, hidden_dim: int = 64
+    ) -> None:
+        super().__init__()
+        self.n_agents, self.own_size, self.embed_dim = n_agents, own_size, embed_dim
+        self.query_embedding_layers = nn.ModuleList(_network(state_dim, hidden_dim, embed_dim) for _ in range(heads))
+        self.key_embedding_layers = nn.ModuleList(nn.Linear(own_size, embed_dim) for _ in range(heads))
+        self.head_embedding_layer = _network(state_dim, hidden_dim, heads)
+        self.constrant_value_layer = _network(state_dim, embed_dim, 1)
+
+    def forward(self, agent_qs: Tensor, states: Tensor) -> Tensor:
+        """``[B, T, A]``, ``[B, T, S]`` -> ``[B, T, 1]``."""
+        episodes = agent_qs.shape[0]
+        states = states.reshape(-1, states.shape[-1])
+        own = states[:, : self.n_agents * self.own_size].reshape(-1, self.n_agents, self.own_size).detach()
+        agent_qs = agent_qs.reshape(-1, 1, self.n_agents)
+        head_qs = []
+        for query, key in zip(self.query_embedding_layers, self.key_embedding_layers, strict=True):
+            energy = torch.bmm(query(states).unsqueeze(1), key(own).permute(0, 2, 1))
+            weights = F.softmax(energy / self.embed_dim**0.5, dim=-1)
+            head_qs.append((agent_qs * weights).sum(dim=-1))
+        stacked = torch.stack(head_qs, dim=1).squeeze(-1)
+        mixed = (torch.abs(self.head_embedding_layer(states)) * stacked).sum(dim=-1, keepdim=True)
+        return (mixed + self.constrant_value_layer(states)).view(episodes, -1, 1)
+
+
 class CentralMixer(nn.Module):
     """The unrestricted mixer of WQMIX and ResQ: three hidden layers over state and utilities, and a state's value."""
 

@@ -121,6 +121,62 @@ def monotonic_products(
     return _products(pairs)
 
 
+def duplex_products(
+    rows: int,
+    n_agents: int,
+    n_actions: int,
+    state_dim: int,
+    hypernet: int = 64,
+    kernels: int = 4,
+    hidden: int = 64,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Callable[[], None]:
+    """The products of `duplex` with two-layer networks forward and backward one after another, into kept buffers.
+
+    First layers that read the same are merged into one product, second layers of all kernels into one batched product.
+    One-hots are multiplied like anything else. Neither states nor one-hots need a gradient.
+    """
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device)
+
+    inputs = state_dim + n_agents * n_actions
+    states, both = new(rows, state_dim), new(rows, inputs)
+    first, last = 2 * hypernet + 2 * kernels * hidden, kernels * hidden
+    dz, dz_action = new(rows, first), new(rows, last)
+    pairs = [(states, new(first, state_dim).t()), (both, new(last, inputs).t())]
+    for groups, width, outputs in ((2, hypernet, n_agents), (kernels, hidden, 1), (2 * kernels, hidden, n_agents)):
+        weight, h, grad = new(groups, outputs, width), new(groups, rows, width), new(groups, rows, outputs)
+        pairs += [(h, weight.mT), (grad.mT, h), (grad, weight)]
+    pairs += [(dz.t(), states), (dz_action.t(), both)]
+    return _products(pairs)
+
+
+def network_products(
+    rows: int,
+    first: list[tuple[int, int]],
+    later: list[tuple[int, int]],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Callable[[], None]:
+    """The products of small networks forward and backward one after another, into kept buffers.
+
+    Layers are (inputs, outputs). Those of ``first`` read what needs no gradient; those with the same inputs should come
+    merged. What lies between the products is left out.
+    """
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device)
+
+    pairs = []
+    for layers, inner in ((first, False), (later, True)):
+        for inputs, outputs in layers:
+            x, dz, weight = new(rows, inputs), new(rows, outputs), new(outputs, inputs)
+            pairs += [(x, weight.t()), (dz.t(), x), *([(dz, weight)] if inner else [])]
+    return _products(pairs)
+
+
 def recurrent_products(
     rows: int,
     steps: int,
@@ -161,11 +217,11 @@ def recurrent_products(
 
 
 def _products(pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
-    work = [(a, b, a.new_empty(a.shape[0], b.shape[1])) for a, b in pairs]
+    work = [(a, b, a.new_empty(*a.shape[:-1], b.shape[-1])) for a, b in pairs]
 
     def run() -> None:
         for a, b, out in work:
-            torch.mm(a, b, out=out)
+            torch.matmul(a, b, out=out)
 
     return run
 

@@ -20,6 +20,7 @@ struct MathConstants<float> {
   static constexpr float log2_e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // ln2_high: 12 bits
   static constexpr float shifter = 12582912.0f;  // 1.5 * 2^23: x + shifter has round(x) in its low bits
   static constexpr int mantissa_bits = 23;
+  static constexpr float sqrt_half = 0.70710678f;
   static constexpr float exp_low = -104.0f, exp_high = 89.0f;    // exp is 0 below, infinite above
   static constexpr float normal = 87.0f;                         // exp(-x) .. exp(x) are normal numbers
   static constexpr float expm1_low = -17.5f, tanh_high = 10.0f;  // expm1 is -1 below; tanh is 1 above
@@ -33,6 +34,7 @@ struct MathConstants<double> {
                           ln2_low = 1.90821492927058770002e-10;
   static constexpr double shifter = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int mantissa_bits = 52;
+  static constexpr double sqrt_half = 0.70710678118654752440;
   static constexpr double exp_low = -746.0, exp_high = 710.0, normal = 708.0;
   static constexpr double expm1_low = -38.0, tanh_high = 20.0;
   static constexpr double expm1[] = {0.5,
@@ -141,6 +143,19 @@ FASTMIX_INLINE Vec<T> softplus(Vec<T> x) {  // log(1 + exp(x))
   const Vec<T> s = u / (u + T(2));
   const Vec<T> w = s * s;
   return relu<T>(x) + (s + s + s * w * detail::polynomial<T>(detail::MathConstants<T>::atanh, w));
+}
+
+template <class T>
+FASTMIX_INLINE Vec<T> log_normal(Vec<T> x) {  // of positive normal numbers; NaN stays NaN
+  using C = detail::MathConstants<T>;
+  // x = 2^k m with m from sqrt(1/2) to sqrt(2); log(m) = 2 atanh((m - 1) / (m + 1)), with an argument of at most 0.172.
+  const Vec<Int<T>> bits = reinterpret_cast<Vec<Int<T>>>(x);
+  const Vec<Int<T>> k = (bits - reinterpret_cast<Vec<Int<T>>>(splat<T>(C::sqrt_half))) >> C::mantissa_bits;
+  const Vec<T> m = reinterpret_cast<Vec<T>>(bits - (k << C::mantissa_bits));
+  const Vec<T> s = (m - T(1)) / (m + T(1));
+  const Vec<T> w = s * s;
+  const Vec<T> scale = __builtin_convertvector(k, Vec<T>);
+  return scale * C::ln2_high + (s + s + (s * w * detail::polynomial<T>(C::atanh, w) + scale * C::ln2_low));
 }
 
 }  // namespace fastmix::FASTMIX_ISA

@@ -3,6 +3,7 @@
 #include "cpu/gemm.h"
 #include "cpu/math.h"
 #include "cpu/parallel.h"
+#include "cpu/rows.h"
 #include "cpu/scratch.h"
 #include "cpu/simd.h"
 
@@ -25,7 +26,6 @@ constexpr int64_t kBlockRows = 96;  // rows of a block: with H = 64 its activati
 constexpr int64_t kGradRows = 2 * kBlockRows;  // rows of one first-layer weight gradient product
 constexpr int64_t kAhead = 16;           // columns of x that this product asks for in advance: one cache line of floats
 constexpr int64_t kDotRows = 6;          // up to so many rows, dot products beat packing the weights
-constexpr double kFlopsPerThread = 4e6;  // less work than this is not worth another thread
 constexpr int kMixRows = kVectorRegisters >= 32 ? 12 : 6;  // tile of generated weights: kMixRows x 1 or 2 vectors
 
 static_assert(kMonotonicRowPadding % kMixRows == 0 && kMonotonicRowPadding % kTileRows == 0);
@@ -166,20 +166,6 @@ struct Generators {
 
 // ---- rows
 // -----------------------------------------------------------------------------------------------------------------
-
-template <class T>
-const T* row_of(const StridedRows<T>& rows, int64_t row) {
-  return rows.data + row / rows.inner * rows.outer_stride + row % rows.inner * rows.inner_stride;
-}
-
-template <class T>
-void find_rows(const StridedRows<T>& rows, int64_t first, int64_t count, const T** out) {
-  int64_t outer = first / rows.inner, inner = first % rows.inner;
-  for (int64_t i = 0; i < count; ++i) {
-    out[i] = rows.data + outer * rows.outer_stride + inner * rows.inner_stride;
-    if (++inner == rows.inner) inner = 0, ++outer;
-  }
-}
 
 // agent_qs of a block, transposed to [A][kBlockRows]; zeros behind the last row.
 template <class T>
@@ -350,11 +336,6 @@ __attribute__((noinline)) void finish(const Sizes<T>& z, T beta, const T* v_weig
     }
     q_tot[row] = sum<T>(total) + v_bias;
   }
-}
-
-int useful_threads(double flops, int threads) {
-  const double useful = flops / kFlopsPerThread;
-  return useful < 2 ? 1 : useful < threads ? static_cast<int>(useful) : threads;
 }
 
 // Calls body(first_row, rows, thread) on the blocks of equal parts of all rows, one part a thread.

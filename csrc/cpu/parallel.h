@@ -9,6 +9,14 @@
 
 namespace fastmix::FASTMIX_ISA {
 
+inline constexpr double kFlopsPerThread = 4e6;  // less work than this is not worth another thread
+
+// Of `threads`, as many as have enough to do with products of so many operations.
+inline int useful_threads(double flops, int threads) {
+  const double useful = flops / kFlopsPerThread;
+  return useful < 2 ? 1 : useful < threads ? static_cast<int>(useful) : threads;
+}
+
 // Calls body(task, thread) for every task in [0, tasks), tasks handed out one by one; thread < max(threads, 1). With
 // OpenMP this is torch's own pool (both link libgomp.so.1); without it the loop runs in the calling thread.
 template <class Body>

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/isa.h"
+#include "fastmix/rows.h"
 
 namespace fastmix {
 
@@ -16,13 +17,6 @@ struct MonotonicShape {
   Positivity positivity;
   double beta;  // sharpness of softplus
   int threads;
-};
-
-// Row r is at data + (r / inner) * outer_stride + (r % inner) * inner_stride, its columns column_stride apart.
-template <class T>
-struct StridedRows {
-  const T* data;
-  int64_t inner, outer_stride, inner_stride, column_stride;
 };
 
 // The 14 parameters, or with T not const their gradients; dense, shaped as torch.nn.Linear has them. The four hidden

@@ -50,8 +50,8 @@ def action_width(name: str, layers: Layers, others: int, n_agents: int) -> int:
     """How many actions the first of ``layers`` leaves for each agent beside ``others`` features; raises for none."""
     _check_types(name, layers)
     inputs = layers[0].weight.shape[-1] if layers[0].weight.dim() > 0 else 0
-    n_actions, rest = divmod(inputs - others, n_agents)
-    if n_actions < 1 or rest:
+    n_actions = (inputs - others) // n_agents
+    if n_actions < 1 or n_actions * n_agents != inputs - others:
         raise ValueError(
             f"{name}[0].weight must take {others} features and as many one-hots of one width as there are agents"
             f" ({n_agents}), got {inputs} input features"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 _library = torch.library.Library("fastmix", "DEF")
 
-Outputs = Tensor | tuple[Tensor, ...]
+Outputs = Tensor | tuple[Tensor | list[Tensor], ...]
 _Function = type[torch.autograd.Function]
 
 
@@ -25,20 +25,26 @@ class NativeOp:
     """One native op: call it like its ``forward``."""
 
     def __init__(
-        self, name: str, forward: Callable[..., Outputs], functions: tuple[_Function | None, _Function | None]
+        self,
+        name: str,
+        forward: Callable[..., Outputs],
+        functions: tuple[_Function | None, _Function | None],
+        listed: bool,
     ) -> None:
         self.name = name
         self._forward = forward
         self._function, self._transformable = functions
+        self._listed = listed
         self._packet = getattr(torch.ops.fastmix, name).default
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or _needs_dispatcher(args):
+        flat = (*args[:-1], *args[-1]) if self._listed else args
+        if torch.compiler.is_compiling() or _needs_dispatcher(flat):
             return self._packet(*args)
         if torch._C._are_functorch_transforms_active():
-            return self._packet(*args) if self._transformable is None else self._transformable.apply(*args)
-        if self._function is not None and wants_grad(args):
-            return self._function.apply(*args)
+            return self._packet(*args) if self._transformable is None else self._transformable.apply(*flat)
+        if self._function is not None and wants_grad(flat):
+            return self._function.apply(*flat)
         return self._forward(*args)
 
 
@@ -56,8 +62,8 @@ def define(
 
     Args:
         name: the op's name inside ``torch.ops.fastmix``.
-        schema: its signature without the name, as in ``"(Tensor q, float gamma) -> Tensor"``. Tensors only outside
-            lists, since autograd does not look into lists.
+        schema: its signature without the name, as in ``"(Tensor q, float gamma) -> Tensor"``. Its last argument may be
+            a ``Tensor[]``; other tensors stand outside lists, since autograd does not look into lists.
         forward: computes the op on each of ``devices`` (dispatch keys).
         fake: the same on tensors without data.
         setup_context, backward: as for `torch.library.register_autograd`; None for an op without a gradient.
@@ -66,11 +72,13 @@ def define(
     for device in devices:
         _library.impl(name, forward, device)
     torch.library.register_fake(f"fastmix::{name}", fake, lib=_library)
+    arguments = getattr(torch.ops.fastmix, name).default._schema.arguments
+    listed = str(arguments[-1].type) == "List[Tensor]"
     functions: tuple[_Function | None, _Function | None] = (None, None)
     if backward is not None and setup_context is not None:
         torch.library.register_autograd(f"fastmix::{name}", backward, setup_context=setup_context, lib=_library)
-        functions = _functions(name, forward, setup_context, backward)
-    return NativeOp(name, forward, functions)
+        functions = _functions(name, forward, setup_context, backward, len(arguments) - 1 if listed else None)
+    return NativeOp(name, forward, functions, listed)
 
 
 def _functions(
@@ -78,23 +86,39 @@ def _functions(
     forward: Callable[..., Outputs],
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., Any],
+    single: int | None,
 ) -> tuple[_Function, _Function]:
-    """The op for plain eager mode, and in the slower form that `torch.func` transforms ask for."""
-    once = torch.autograd.function.once_differentiable(backward)
+    """The op for plain eager mode, and in the slower form that `torch.func` transforms ask for.
+
+    A list of tensors behind the ``single`` first arguments is spread out here, as autograd sees only what stands
+    outside of lists.
+    """
+
+    def gathered(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args if single is None else (*args[:single], list(args[single:]))
+
+    def spread(grads: tuple[Any, ...]) -> tuple[Any, ...]:
+        return grads if single is None else (*grads[:single], *grads[single])
+
+    def differentiate(ctx: Any, *grads: Any) -> Any:
+        return spread(backward(ctx, *grads))
+
+    once = torch.autograd.function.once_differentiable(differentiate)
 
     def quick_forward(ctx: Any, *args: Any) -> Outputs:
+        args = gathered(args)
         outputs = forward(*args)
         setup_context(ctx, args, outputs)
         return outputs
 
     def quick_backward(ctx: Any, *grads: Any) -> Any:
         # Gradients are on only under create_graph=True, which `once` answers with an error as soon as it is used.
-        return once(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+        return once(ctx, *grads) if torch.is_grad_enabled() else differentiate(ctx, *grads)
 
     quick = {"forward": staticmethod(quick_forward), "backward": staticmethod(quick_backward)}
     transformable = {
-        "forward": staticmethod(forward),
-        "setup_context": staticmethod(setup_context),
+        "forward": staticmethod(lambda *args: forward(*gathered(args))),
+        "setup_context": staticmethod(lambda ctx, inputs, output: setup_context(ctx, gathered(inputs), output)),
         "backward": staticmethod(once),
     }
     return (

@@ -9,17 +9,23 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmix import ops
+from fastmix.ops._layers import Layers, Linear
+from fastmix.ops._networks import flatten as _flatten
+from fastmix.ops.attention import AttentionParams
+from fastmix.ops.duplex import PARTS, DuplexParams, ImportanceParams, RecogniserParams
 from fastmix.ops.monotonic import POSITIVITIES, MonotonicParams
 from fastmix.ops.recurrent import RecurrentParams
 from fastmix.ops.returns import KINDS
 from fastmix.ops.td_loss import Favoured
 from fastmix.ops.td_loss.types import RULES
+from fastmix.ops.unrestricted import UnrestrictedParams
 from fastmix.testing import assert_close, poisoned_allocations
 from tests.prey_problem import play_beside_reference, random_rules
 
@@ -158,6 +164,94 @@ def monotonic(draw: Draw) -> None:
     _compare(draw, [agent_qs, states, *(p for p in params if p is not None)], run)
 
 
+def duplex(draw: Draw) -> None:
+    """Both parts or one, with and without transform; any kernels, widths and depths; some gradients."""
+    leading, agents, _, state, taken, networks = _joint(draw)
+    depth = draw.size("transform_layers", 3, 0)
+    scale, shift = (_layers(draw, f"transform{i}", state, agents, depth) if depth else () for i in range(2))
+    params = DuplexParams(scale, shift, networks)
+    agent_qs = draw.tensor(*leading, agents, grad=draw.flag("gradient_of_qs", 0.8))
+    max_qs = draw.tensor(*leading, agents)
+    states = draw.tensor(*leading, state, grad=draw.flag("gradient_of_states", 0.3))
+    options = {"part": draw.choice("part", PARTS), "minus_one": draw.flag("minus_one")}
+
+    def run(backend: str) -> Any:
+        return ops.duplex(agent_qs, max_qs, states, taken, params, **options, backend=backend)
+
+    _compare(draw, [agent_qs, states, *_flatten((scale, shift, *networks))[0]], run)
+
+
+def importance(draw: Draw) -> None:
+    """QPLEX's importance weights alone."""
+    leading, _, _, state, taken, networks = _joint(draw)
+    states = draw.tensor(*leading, state, grad=draw.flag("gradient_of_states", 0.3))
+    inputs = [states, *_flatten(networks)[0]]
+    _compare(draw, inputs, lambda backend: ops.importance(states, taken, networks, backend=backend))
+
+
+def attention(draw: Draw) -> None:
+    """All options and results; any heads, widths and depths; nobody alive in some rows; some gradients."""
+    leading = _leading(draw)
+    agents, own, heads, embed = draw.size("agents", 12), draw.size("own", 20), draw.size("heads", 5), draw.size("e", 40)
+    state, reads_qs = agents * own + draw.size("rest", 60, 0), draw.flag("keys_read_qs", 0.3)
+    query = _layers(draw, "query", state, embed, draw.size("query_layers", 3), heads)
+    (key,) = _layers(draw, "key", own + reads_qs, embed, 1, heads)
+    if draw.flag("no_biases", 0.3):
+        query, key = (*query[:-1], query[-1]._replace(bias=None)), key._replace(bias=None)
+    head = _layers(draw, "head", state, heads, draw.size("head_layers", 3)) if draw.flag("weighted") else ()
+    v = _layers(draw, "v", state, 1, draw.size("v_layers", 3)) if draw.flag("constant") else ()
+    params, softmax = AttentionParams(query, key, head, v), draw.flag("softmax", 0.8)
+    agent_qs = draw.tensor(*leading, agents, grad=draw.flag("gradient_of_qs", 0.8))
+    states = draw.tensor(*leading, state, grad=draw.flag("gradient_of_states", 0.3))
+    options: dict[str, Any] = {"own_size": own, "own_grad": draw.flag("own_grad"), "softmax": softmax}
+    options["alive"] = draw.integers(0, 2, *leading, agents) if softmax and draw.flag("dead") else None
+    options["return_weights"] = draw.flag("weights")
+    options["return_statistics"] = softmax and draw.flag("statistics")
+
+    def run(backend: str) -> Any:
+        return ops.attention(agent_qs, states, params, **options, backend=backend)
+
+    _compare(draw, [agent_qs, states, *_flatten((query, (key,), head, v))[0]], run)
+
+
+def unrestricted(draw: Draw) -> None:
+    """State with and without joint action and features, with and without V(s)."""
+    leading = _leading(draw)
+    agents, actions, state = draw.size("agents", 12), draw.size("actions", 20), draw.size("state", 130)
+    features = draw.size("features", 40) if draw.flag("with_features") else 0
+    taken = draw.integers(-1, actions, *leading, agents) if draw.flag("with_actions") else None
+    inputs = state + features + (0 if taken is None else agents * actions)
+    net = _layers(draw, "net", inputs, draw.size("outputs", 9), draw.size("layers", 4))
+    v = _layers(draw, "v", state, 1, draw.size("v_layers", 3)) if draw.flag("constant") else ()
+    states = draw.tensor(*leading, state, grad=draw.flag("gradient_of_states", 0.3))
+    given = draw.tensor(*leading, features, grad=draw.flag("gradient_of_features", 0.7)) if features else None
+
+    def run(backend: str) -> Any:
+        return ops.unrestricted(given, states, UnrestrictedParams(net, v), actions=taken, backend=backend)
+
+    _compare(draw, [states, *([] if given is None else [given]), *_flatten((net, v))[0]], run)
+
+
+def recognise(draw: Draw) -> None:
+    """Any widths and depths; some agents greedy; some gradients."""
+    leading = _leading(draw)
+    agents, actions, state = draw.size("agents", 12), draw.size("actions", 20), draw.size("state", 130)
+    embed, inputs = draw.size("embed", 40), state + agents * actions
+    params = RecogniserParams(
+        _layers(draw, "w1", inputs, agents * embed, draw.size("w1_layers", 3)),
+        _layers(draw, "w2", inputs, embed, draw.size("w2_layers", 3)),
+        _layers(draw, "v", state, 1, draw.size("v_layers", 3)),
+    )
+    agent_qs, taken = draw.tensor(*leading, agents), draw.integers(-1, actions, *leading, agents)
+    max_qs = agent_qs + draw.tensor(*leading, agents).relu()
+    states = draw.tensor(*leading, state, grad=draw.flag("gradient_of_states", 0.3))
+
+    def run(backend: str) -> Any:
+        return ops.recognise(agent_qs, max_qs, states, taken, params, backend=backend)
+
+    _compare(draw, [states, *_flatten(params)[0]], run)
+
+
 def recurrent(draw: Draw) -> None:
     """One to three networks, with and without initial state, last actions, agent ids, layer norm, gradients."""
     episodes, steps, agents = draw.size("episodes", 9, 0), draw.size("steps", 12), draw.size("agents", 9)
@@ -279,6 +373,11 @@ PROBLEMS: dict[str, Callable[[Draw], None]] = {
         select,
         returns,
         monotonic,
+        duplex,
+        importance,
+        attention,
+        unrestricted,
+        recognise,
         recurrent,
         td_loss,
         quantile,
@@ -286,6 +385,32 @@ PROBLEMS: dict[str, Callable[[Draw], None]] = {
         prey,
     )
 }
+
+
+def _joint(draw: Draw) -> tuple[list[int], int, int, int, Tensor, ImportanceParams]:
+    """Leading dimensions, agents, actions, state features, a joint action and importance networks."""
+    leading = _leading(draw)
+    agents, actions, state = draw.size("agents", 12), draw.size("actions", 20), draw.size("state", 130)
+    kernels, depth = draw.size("kernels", 5), draw.size("importance_layers", 3)
+    networks = ImportanceParams(
+        _layers(draw, "key", state, 1, depth, kernels),
+        _layers(draw, "agents_networks", state, agents, depth, kernels),
+        _layers(draw, "action", state + agents * actions, agents, depth, kernels),
+    )
+    return leading, agents, actions, state, draw.integers(-1, actions, *leading, agents), networks
+
+
+def _leading(draw: Draw) -> list[int]:
+    return [draw.size("rows", 150, 0)] if draw.flag("flat") else [draw.size("episodes", 9, 0), draw.size("steps", 9)]
+
+
+def _layers(draw: Draw, name: str, inputs: int, outputs: int, depth: int, groups: int | None = None) -> Layers:
+    widths = [inputs, *(draw.size(f"{name}_width{layer}", 70) for layer in range(depth - 1)), outputs]
+    group, grad = () if groups is None else (groups,), draw.flag(f"gradient_of_{name}", 0.8)
+    return tuple(
+        Linear(draw.tensor(*group, after, before, scale=before**-0.5, grad=grad), draw.tensor(*group, after, grad=grad))
+        for before, after in pairwise(widths)
+    )
 
 
 def _network(draw: Draw, inputs: int, width: int, actions: int, trained: bool) -> RecurrentParams:

@@ -9,12 +9,6 @@ import pytest
 from fastmix.testing import poisoned_allocations
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "traced: the op is traced (torch.compile, opcheck): allocations are not poisoned"
-    )
-
-
 @pytest.fixture(autouse=True)
 def _poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("traced"):

@@ -50,7 +50,7 @@ def gradients(outputs: Tensor | Sequence[Tensor], inputs: Sequence[Tensor], seed
     """Gradients of a random linear function of the outputs, the same one for equal shapes; zeros where unused."""
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     g = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(o.shape, generator=g, dtype=o.dtype).to(o.device) for o in outputs]
+    weights = [torch.randn(o.shape, generator=g, dtype=torch.float64).to(o) for o in outputs]
     grads = torch.autograd.grad(outputs, list(inputs), weights, allow_unused=True, retain_graph=True)
     return [torch.zeros_like(i) if grad is None else grad for grad, i in zip(grads, inputs, strict=True)]
 

@@ -10,21 +10,36 @@ from torch import Tensor
 
 from fastmix import backends
 from fastmix.ops import (
+    attention,
     chosen_quantiles,
+    duplex,
     fractions,
+    importance,
     mean_shape,
     monotonic,
     quantile_features,
     quantile_loss,
+    recognise,
     recurrent,
     returns,
     select,
     td_loss,
+    unrestricted,
 )
 from fastmix.ops.td_loss import Favoured
 from fastmix.testing import assert_close, poisoned_allocations
-from tests.generators import Shape, episodes, monotonic_params, recurrent_params
-from tests.ops.support import gradients
+from tests.generators import (
+    Shape,
+    attention_params,
+    duplex_params,
+    episodes,
+    joint_actions,
+    monotonic_params,
+    recogniser_params,
+    recurrent_params,
+    unrestricted_params,
+)
+from tests.ops.support import gradients, leaves
 
 SHAPE = Shape(3, 5, state_dim=17, obs_dim=11)
 
@@ -84,9 +99,45 @@ def run_recurrent(backend: str) -> tuple[list[Tensor], list[Tensor]]:
     return [o for out in outputs for o in out if o is not None], [p for net in nets for p in net if p is not None]
 
 
+def run_duplex(backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    params = duplex_params(SHAPE, hidden=33)
+    qs, states = torch.randn(70, 3, requires_grad=True), torch.randn(70, 17, requires_grad=True)
+    result = duplex(qs, qs.detach() + 1, states, joint_actions(SHAPE, 70), params, backend=backend)
+    return leaves(result), [qs, states, *leaves(params)]
+
+
+def run_importance(backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    params, states = duplex_params(SHAPE, hidden=33).importance, torch.randn(70, 17, requires_grad=True)
+    return [importance(states, joint_actions(SHAPE, 70), params, backend=backend)], [states, *leaves(params)]
+
+
+def run_attention(backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    params = attention_params(SHAPE, 5, embed=9, hidden=33)
+    qs, states = torch.randn(70, 3, requires_grad=True), torch.randn(70, 17, requires_grad=True)
+    out = attention(
+        qs, states, params, own_size=5, own_grad=True, return_weights=True, return_statistics=True, backend=backend
+    )
+    return leaves(out), [qs, states, *leaves(params)]
+
+
+def run_unrestricted(backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    params = unrestricted_params(17 + 3 * 5 + 4, 17, 33, outputs=2, constant=9)
+    features, states = torch.randn(70, 4, requires_grad=True), torch.randn(70, 17, requires_grad=True)
+    joint = unrestricted(features, states, params, actions=joint_actions(SHAPE, 70), backend=backend)
+    return [joint], [features, states, *leaves(params)]
+
+
+def run_recognise(backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    params, states = recogniser_params(SHAPE, 9, 33), torch.randn(70, 17, requires_grad=True)
+    out = recognise(torch.randn(70, 3), torch.randn(70, 3), states, joint_actions(SHAPE, 70), params, backend=backend)
+    return list(out), [states, *leaves(params)]
+
+
 OPS: dict[str, Callable[[str], tuple[list[Tensor], list[Tensor]]]] = {
     "select": run_select, "returns": run_returns, "td_loss": run_td_loss, "quantile": run_quantile,
-    "implicit": run_implicit, "monotonic": run_monotonic, "recurrent": run_recurrent,
+    "monotonic": run_monotonic, "recurrent": run_recurrent, "duplex": run_duplex, "importance": run_importance,
+    "attention": run_attention, "unrestricted": run_unrestricted, "recognise": run_recognise,
+    "implicit": run_implicit,
 }  # fmt: skip
 
 

@@ -29,6 +29,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
+from fastmix.ops import _joint_triton as joint
+from fastmix.ops.attention import triton as attention
+from fastmix.ops.duplex import recogniser_triton as recogniser
+from fastmix.ops.duplex import triton as duplex
 from fastmix.ops.monotonic import POSITIVITIES
 from fastmix.ops.monotonic import triton as monotonic
 from tests.generators import Shape, monotonic_params
@@ -40,7 +44,11 @@ PRECISIONS = {
     "tf32x3": ("highest", torch.float32),
     "bfloat16": ("high", torch.bfloat16),
 }
-NO_PRODUCTS = ("pack_kernel", "add_parts_kernel")
+MODULES = (monotonic, joint, duplex, attention, recogniser)
+NO_PRODUCTS = (
+    "pack_kernel", "add_parts_kernel", "gather_kernel", "combine_kernel", "spread_kernel", "attend_kernel",
+    "attend_backward_kernel", "weigh_kernel", "weigh_backward_kernel",
+)  # fmt: skip
 """Kernels that have no matrix product"""
 
 
@@ -54,6 +62,8 @@ class Case(NamedTuple):
     hypernet_embed: int = 64
     layers: int = 2
     positivity: str = "abs"
+    op: str = "monotonic"
+    kernels: int = 4
 
     def __str__(self) -> str:
         return f"{self.name}, {self.rows} rows"
@@ -61,8 +71,14 @@ class Case(NamedTuple):
 
 MMM2 = Shape(10, 18, 322, 176)
 MAIN = Case("MMM2", MMM2, 61_440)
+DUPLEX = Case("MMM2 duplex", MMM2, 61_440, op="duplex")
+JOINT = Case("MMM2 joint", MMM2, 61_440, op="joint")
 CASES = (
     MAIN,
+    DUPLEX,
+    Case("64 agents duplex, 10 kernels", Shape(64, 36, 4096, 5), 4_096, op="duplex", kernels=10),
+    JOINT,
+    Case("64 agents joint", Shape(64, 36, 4096, 5), 4_096, op="joint"),
     Case("MMM2", MMM2, 3_072),
     Case("MMM2", MMM2, 320),
     Case("MMM2 softplus", MMM2, 15_360, positivity="softplus"),
@@ -111,7 +127,7 @@ def compile_case(case: Case, precision: str, architecture: int) -> dict[str, Com
             launches_compile(architecture) as kernels,
             mock.patch.object(monotonic, "has_wide_products", lambda device: architecture >= 90),
         ):
-            _call(case, dtype)
+            {"duplex": _call_duplex, "joint": _call_joint}.get(case.op, _call)(case, dtype)
     finally:
         torch.set_float32_matmul_precision(outer)
     return {name: _inspect(name, kernel, arguments, architecture) for name, (kernel, arguments) in kernels.items()}
@@ -131,7 +147,8 @@ def launches_compile(architecture: int) -> Iterator[dict[str, Any]]:
 
     driver = triton.runtime.driver
     driver.set_active(_NoDevice(architecture))
-    caches = [kernel.device_caches for kernel in vars(monotonic).values() if isinstance(kernel, triton.JITFunction)]
+    functions = [value for module in MODULES for value in vars(module).values()]
+    caches = [kernel.device_caches for kernel in functions if isinstance(kernel, triton.JITFunction)]
     for cache in caches:
         cache.clear()  # they are by device number, and the architecture of number 0 changes
     try:
@@ -175,6 +192,36 @@ def _call(case: Case, dtype: torch.dtype) -> None:
             torch.zeros_like(q_tot), agent_qs, states, saved, packed, p.w1_bias, p.w2_bias, p.v_weight,
             hidden, positivity, 1.0, True, True,
         )  # fmt: skip
+
+
+def _call_duplex(case: Case, dtype: torch.dtype) -> None:
+    """What `duplex` launches between its library products."""
+    N, A, U, K, C = case.rows, case.shape.n_agents, case.shape.n_actions, case.kernels, case.kernels * 64
+    actions = torch.empty(N, A, dtype=torch.int64)
+    features, by_state = torch.empty(N, C, dtype=dtype), torch.empty(N, A, dtype=dtype)
+    key, by_agent = torch.empty(K, N, 1, dtype=dtype), torch.empty(K, N, A, dtype=dtype)
+    joint._gather_forward(features, actions, torch.empty(A * U, C, dtype=dtype))
+    with mock.patch.object(Tensor, "sum", lambda parts, dim: parts[0]):
+        joint._scatter_forward(features, actions, A * U)
+    given = (by_state, by_state, by_state)
+    v, adv = duplex._combine_forward(*given, by_state, key, by_agent, by_agent, True, True)
+    duplex._spread_forward(v, adv, *given, key, by_agent, by_agent)
+
+
+def _call_joint(case: Case, dtype: torch.dtype) -> None:
+    """What `attention` and `recognise` launch between their library products, with all that is optional."""
+    A, S, N, heads = case.shape.n_agents, case.shape.state_dim, case.rows, 4
+
+    def new(*shape: int) -> Tensor:  # never touched, so it takes no memory
+        return torch.empty(*shape, dtype=dtype)
+
+    by_agent, alive, own = new(N, A), torch.empty(N, A, dtype=torch.bool), S // A
+    inputs = (by_agent, new(N, S), new(heads, N, own + 2), new(N, heads), alive, own, True, True)
+    results = attention._forward(*inputs, True, True, 0.5)
+    backward: Any = attention._backward_forward
+    backward(*results, *inputs, True, 0.5)
+    generated = (by_agent, by_agent, new(N, A * case.embed), new(N, case.embed))
+    recogniser._backward_forward(recogniser._forward(*generated), *generated)
 
 
 def _shape_of_product(*factors: Tensor) -> Tensor:

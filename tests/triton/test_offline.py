@@ -36,12 +36,32 @@ def test_kernels_compile(architecture: int, precision: str) -> None:
         assert entry.spills <= allowed[offline.key(offline.MAIN, precision, architecture, name)], entry
 
 
+BETWEEN_PRODUCTS = [
+    (offline.DUPLEX, {"gather_kernel", "scatter_kernel", "combine_kernel", "spread_kernel"}),
+    (offline.JOINT, {"attend_kernel", "attend_backward_kernel", "weigh_kernel", "weigh_backward_kernel"}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", offline.PRECISIONS)
+@pytest.mark.parametrize("architecture", offline.ARCHITECTURES)
+@pytest.mark.parametrize(("case", "kernels"), BETWEEN_PRODUCTS)
+def test_kernels_between_products_compile(
+    case: offline.Case, kernels: set[str], architecture: int, precision: str
+) -> None:
+    compiled = offline.compile_case(case, precision, architecture)
+    assert set(compiled) == kernels
+    for entry in compiled.values():
+        assert not entry.problems() and entry.spills == 0, entry
+
+
 def test_record_is_complete() -> None:
     """Each recorded version of Triton has every case, and but for a few bytes before Hopper only the largest spills."""
     tables = json.loads(offline.FILE.read_text())
     assert tables
+    kernels = {"duplex": "scatter_kernel", "joint": "attend_backward_kernel"}
     wanted = {
-        offline.key(case, precision, architecture, "mix_kernel")
+        offline.key(case, precision, architecture, kernels.get(case.op, "mix_kernel"))
         for case in offline.CASES
         for precision in offline.PRECISIONS
         for architecture in offline.ARCHITECTURES

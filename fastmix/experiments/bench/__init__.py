@@ -20,7 +20,8 @@ import torch
 
 from fastmix.testing.shapes import SHAPES
 
-OPS = ("monotonic", "quantile", "recurrent", "returns", "select", "td_loss")
+JOINT = ("duplex", "attention", "recognise", "unrestricted")
+OPS = ("monotonic", *JOINT, "quantile", "recurrent", "returns", "select", "td_loss")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 BASELINES = ("eager", "compile", "autotune", "whole")
@@ -89,7 +90,10 @@ def _add_ops(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", action="append", choices=OPS, help="operator; may be repeated (default: all)")
     parser.add_argument("--shape", action="append", choices=list(SHAPES), help="sizes; may be repeated (default: all)")
     parser.add_argument(
-        "--rows", action="append", type=_positive, help="rows of monotonic and of an acting step (default: 1920, 15360)"
+        "--rows",
+        action="append",
+        type=_positive,
+        help="rows of mixers and an acting step (default: 1920, 15360)",
     )
     parser.add_argument("--forward", action="store_true", help="forward without gradients instead of a training pass")
     parser.add_argument("--acting", action="store_true", help="recurrent: single acting steps of --rows rows")
@@ -97,7 +101,7 @@ def _add_ops(parser: argparse.ArgumentParser) -> None:
         "--baseline",
         type=_names,
         default=("eager", "compile"),
-        help="names of eager, compile and, of monotonic, autotune (default: eager,compile)",
+        help="names of eager, compile and, of mixers, autotune (default: eager,compile)",
     )
     _add_common(parser, _measure_ops)
 
@@ -283,7 +287,7 @@ def _setting(args: argparse.Namespace) -> Any:
 
 
 def _planned_ops(args: argparse.Namespace) -> Iterator[Any]:
-    from fastmix.experiments.bench import cases
+    from fastmix.experiments.bench import cases, joint
     from fastmix.experiments.bench.report import Planned
 
     shapes, setting, train = args.shape or list(SHAPES), _setting(args), not args.forward
@@ -291,9 +295,10 @@ def _planned_ops(args: argparse.Namespace) -> Iterator[Any]:
     for op in args.op or OPS:
         for shape in shapes:
             sizes = SHAPES[shape]
-            if op == "monotonic":
+            if op in ("monotonic", *JOINT):
+                build = getattr(joint if op in JOINT else cases, op)
                 for rows in args.rows or (1_920, 15_360):
-                    yield Planned(partial(cases.monotonic, shape, rows, train, setting, compiled))
+                    yield Planned(partial(build, shape, rows, train, setting, compiled))
             elif op == "recurrent" and args.acting:
                 for rows in args.rows or (3, 8, 27, 64, 128, 512):
                     yield Planned(partial(cases.acting, shape, rows, setting))

@@ -2,7 +2,7 @@
 
 The floors count each input read once, each output written once, and the matrix products: the larger of bytes over
 bandwidth and operations over the rate of the unit that does them. On CUDA the rates are measured at the start of every
-run. The counts of `monotonic` are for QMIX's mixer with two-layer hypernets.
+run. The counts of `monotonic` are for QMIX's mixer with two-layer hypernets, those of `duplex` for QPLEX's.
 """
 
 from __future__ import annotations
@@ -100,6 +100,19 @@ def monotonic_flops(rows: int, n_agents: int, state_dim: int) -> int:
 def monotonic_backward_flops(rows: int, n_agents: int, state_dim: int) -> int:
     """Products of backward: the second layers once again, their gradients (two products), first-layer weights."""
     return 2 * rows * (_FIRST * state_dim + 3 * _HYPERNET * _EMBED * (n_agents + 1))
+
+
+def duplex(
+    rows: int, n_agents: int, n_actions: int, state_dim: int, train: bool, rate: float, ceilings: Ceilings
+) -> float:
+    """Seconds of `duplex` with pymarl2's four kernels of two layers; one-hots are gathered, not multiplied."""
+    hidden, outputs = 2 * _HIDDEN + 4 * 3 * _HIDDEN, 2 * n_agents + 4 * (1 + 2 * n_agents)
+    first, second = hidden * state_dim, _HIDDEN * outputs
+    n_bytes = 4 * (rows * (state_dim + 4 * n_agents + 1) + first + second + 4 * _HIDDEN * n_agents * n_actions)
+    flops = 2 * rows * (first + second)
+    if train:  # states are read again, with the gradient; hidden features are recomputed or kept, whichever is less
+        n_bytes, flops = 2 * n_bytes, 2 * rows * (2 * first + 3 * second)
+    return max(n_bytes / ceilings.bandwidth, flops / rate)
 
 
 def recurrent(

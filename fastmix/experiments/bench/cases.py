@@ -25,7 +25,13 @@ from torch import Tensor, nn
 from fastmix import backends, ops
 from fastmix.experiments.bench import baselines, bounds
 from fastmix.experiments.bench.bounds import Ceilings
-from fastmix.experiments.bench.parity import Error, Results, compared, near_input_kink, near_mixing_kink
+from fastmix.experiments.bench.parity import (
+    Error,
+    Results,
+    compared,
+    near_input_kink,
+    near_mixing_kink,
+)
 from fastmix.ops.monotonic import MonotonicParams
 from fastmix.ops.recurrent import RecurrentOutput, RecurrentParams, Stepper
 from fastmix.testing.bench import Rotating, peak_memory, saved_bytes

@@ -80,6 +80,11 @@ def near_mixing_kink(states: Tensor, p: MonotonicParams) -> Tensor:
         F.linear(h2.relu(), p.w2_weight, p.w2_bias),
         F.linear(states, p.v_hidden_weight, p.v_hidden_bias),
     ]
+    return near_zero(arguments)
+
+
+def near_zero(arguments: Sequence[Tensor]) -> Tensor:
+    """``[N, 1]`` bool: rows where one of the arguments of relu or abs, ``[N, X]``, is within rounding of zero."""
     return torch.stack([(x.abs() < _KINK).any(-1) for x in arguments]).any(0).unsqueeze(-1)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastmix import backends
 from fastmix.ops import _checks
 from fastmix.ops._layers import Layers, Linear, check_layers
-from fastmix.ops.attention import reference
+from fastmix.ops.attention import native, reference
 from fastmix.ops.attention.types import AttentionOutput, AttentionParams
 
 __all__ = ["AttentionOutput", "AttentionParams", "Layers", "Linear", "attention"]
@@ -74,13 +74,21 @@ def attention(
     leading, n_agents = agent_qs.shape[:-1], agent_qs.shape[-1]
     rows = leading.numel()
     if alive is not None:
-        alive = (alive if alive.dtype is torch.bool else alive != 0).reshape(rows, n_agents)
-    backends.resolve("attention", agent_qs, backend)
-    flat = reference.attention(
-        agent_qs.reshape(rows, n_agents), states.reshape(rows, states.shape[-1]), params,
-        own_size, own_grad, alive, softmax, return_weights, return_statistics,
-    )  # fmt: skip
-    return AttentionOutput._make(None if part is None else part.reshape(*leading, part.shape[-1]) for part in flat)
+        alive = (alive if alive.dtype is torch.bool else alive != 0).reshape(rows, n_agents).contiguous()
+    chosen = backends.resolve("attention", agent_qs, backend)
+    if chosen != "native" or len(leading) not in (1, 2):
+        agent_qs, states = agent_qs.reshape(rows, n_agents), states.reshape(rows, states.shape[-1])
+    run = reference.attention
+    if chosen == "native":
+        run = native.attention
+    elif chosen == "triton":
+        from fastmix.ops.attention import triton  # here, as it imports Triton
+
+        run = triton.attention
+    out = run(agent_qs, states, params, own_size, own_grad, alive, softmax, return_weights, return_statistics)
+    if agent_qs.shape[:-1] == leading:
+        return out
+    return AttentionOutput._make(None if part is None else part.reshape(*leading, part.shape[-1]) for part in out)
 
 
 def _check_types(

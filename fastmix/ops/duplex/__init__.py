@@ -8,7 +8,7 @@ from torch import Tensor
 from fastmix import backends
 from fastmix.ops import _checks
 from fastmix.ops._layers import Layers, Linear, action_width, check_layers
-from fastmix.ops.duplex import reference
+from fastmix.ops.duplex import native, recogniser_native, reference
 from fastmix.ops.duplex.types import (
     PARTS,
     DuplexOutput,
@@ -94,12 +94,17 @@ def duplex(
     if part != "v":
         _check_importance("params.importance", params.importance, states, actions, agent_qs.shape)
 
-    backends.resolve("duplex", agent_qs, backend)
-    flat = reference.duplex(
-        _rows(agent_qs), None if max_qs is None else _rows(max_qs), _rows(states),
-        None if actions is None else _rows(actions), params, minus_one, part,
-    )  # fmt: skip
+    chosen = backends.resolve("duplex", agent_qs, backend)
+    run = native.duplex if chosen == "native" else reference.duplex
+    if chosen == "triton":
+        from fastmix.ops.duplex import triton  # here, as it imports Triton
+
+        run = triton.duplex
     leading = agent_qs.shape[:-1]
+    if chosen != "native" or len(leading) not in (1, 2):
+        agent_qs, states = _rows(agent_qs), _rows(states)
+        max_qs, actions = None if max_qs is None else _rows(max_qs), None if actions is None else _rows(actions)
+    flat = run(agent_qs, max_qs, states, actions, params, minus_one, part)
     return DuplexOutput._make(None if value is None else value.reshape(*leading, 1) for value in flat)
 
 
@@ -131,8 +136,16 @@ def importance(states: Tensor, actions: Tensor, params: ImportanceParams, *, bac
     if states.dim() < 1 or states.shape[-1] < 1:
         raise ValueError(f"states must have shape [..., S], S at least 1, got {tuple(states.shape)}")
     _check_importance("params", params, states, actions, (*states.shape[:-1], None))
-    backends.resolve("importance", states, backend)
-    return reference.importance(_rows(states), _rows(actions), params).reshape(actions.shape)
+    shape = actions.shape
+    chosen = backends.resolve("importance", states, backend)
+    run = native.importance if chosen == "native" else reference.importance
+    if chosen == "triton":
+        from fastmix.ops.duplex import triton  # here, as it imports Triton
+
+        run = triton.importance
+    if chosen != "native" or len(shape) not in (2, 3):
+        states, actions = _rows(states), _rows(actions)
+    return run(states, actions, params).reshape(shape)
 
 
 def recognise(
@@ -186,9 +199,19 @@ def recognise(
     check_layers("params.w1", params.w1, states, S + A * n_actions, A * params.w2[-1].weight.shape[0])
     check_layers("params.v", params.v, states, S, 1)
 
-    backends.resolve("recognise", agent_qs, backend)
-    flat = reference.recognise(_rows(agent_qs), _rows(max_qs), _rows(states), _rows(actions), params)
-    return Recognition._make(value.reshape(*agent_qs.shape[:-1], 1) for value in flat)
+    leading = agent_qs.shape[:-1]
+    chosen = backends.resolve("recognise", agent_qs, backend)
+    if chosen != "native" or len(leading) not in (1, 2):
+        agent_qs, max_qs, states, actions = _rows(agent_qs), _rows(max_qs), _rows(states), _rows(actions)
+    run = reference.recognise
+    if chosen == "native":
+        run = recogniser_native.recognise
+    elif chosen == "triton":
+        from fastmix.ops.duplex import recogniser_triton  # here, as it imports Triton
+
+        run = recogniser_triton.recognise
+    out = run(agent_qs, max_qs, states, actions, params)
+    return out if states.shape[:-1] == leading else Recognition._make(value.reshape(*leading, 1) for value in out)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-import torch
 from torch import Tensor
 
 from fastmix.ops.monotonic.types import POSITIVITIES, MonotonicParams
@@ -34,14 +33,6 @@ def sizes_of(agent_qs: Tensor, states: Tensor, params: tuple[Tensor | None, ...]
     )  # fmt: skip
 
 
-def with_dense_rows(states: Tensor) -> Tensor:
-    """``states``, or a copy where a row has gaps."""
-    if states.stride(-1) == 1:
-        return states
-    logger.debug("monotonic copies states of shape %s and strides %s", tuple(states.shape), states.stride())
-    return states.clone(memory_format=torch.contiguous_format)
-
-
 def dense_params(params: tuple[Tensor | None, ...]) -> tuple[list[int], tuple[Tensor | None, ...]]:
     """Addresses of dense parameters, and what owns them."""
     addresses = []
@@ -52,9 +43,3 @@ def dense_params(params: tuple[Tensor | None, ...]) -> tuple[list[int], tuple[Te
             param = params[index]
         addresses.append(0 if param is None else param.data_ptr())
     return addresses, params
-
-
-def layout(tensor: Tensor) -> tuple[int, int, int, int, int]:
-    """Address of ``[B, N, X]`` or ``[N, X]``, and how rows are found behind it: N, strides of B, N and X."""
-    outer, inner, column = tensor.stride() if tensor.dim() == 3 else (0, *tensor.stride())
-    return tensor.data_ptr(), tensor.shape[-2], outer, inner, column

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from fastmix.ops import _library
 from fastmix.ops._precision import float32_precision
+from fastmix.ops._rows import layout, with_dense_rows
 from fastmix.ops.monotonic.arguments import (
     INPUTS,
     POSITIVITY_CODES,
     Sizes,
     dense_params,
-    layout,
     sizes_of,
-    with_dense_rows,
 )
 from fastmix.ops.monotonic.types import MonotonicParams
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastmix.ops import _library
-from fastmix.ops.monotonic.arguments import INPUTS, POSITIVITY_CODES, dense_params, layout, sizes_of, with_dense_rows
+from fastmix.ops._rows import layout, with_dense_rows
+from fastmix.ops.monotonic.arguments import INPUTS, POSITIVITY_CODES, dense_params, sizes_of
 from fastmix.ops.monotonic.types import MonotonicParams
 
 _ABS: Final = POSITIVITY_CODES["abs"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmix.ops import _library
+from fastmix.ops import _library, _memory
 from fastmix.ops.recurrent.types import RecurrentOutput, RecurrentParams
 
 logger = logging.getLogger("fastmix")
@@ -73,7 +73,7 @@ def _forward(
     q = obs.new_empty((episodes, steps, n_agents, outputs))
     after = obs.new_empty((episodes, n_agents, width))
     states = obs.new_empty((episodes, steps, n_agents, width) if return_hidden_states else (0,))
-    saved = _workspace(saved_size(obs, network) if save else 0, obs.dtype)
+    saved = _memory.kept((saved_size(obs, network) if save else 0,), obs.dtype)
     if after.numel() > 0:
         _core.recurrent_forward(
             obs.data_ptr(), _address(last_actions), _address(hidden), [_address(p) for p in network], q.data_ptr(),
@@ -165,18 +165,6 @@ def _backward_fake(obs: Tensor, last_actions: Tensor | None, hidden: Tensor | No
             for p in network
         ),
     )
-
-
-def _workspace(numel: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory out of the core's pool, which takes it back when the last tensor on it is gone.
-
-    Allocated anew in each step, tens to hundreds of megabytes would cost more in page faults than the forward pass.
-    """
-    from fastmix import _core
-
-    if numel == 0:
-        return torch.empty(0, dtype=dtype)
-    return torch.frombuffer(_core.Workspace(numel * dtype.itemsize), dtype=dtype)
 
 
 def _address(tensor: Tensor | None) -> int:

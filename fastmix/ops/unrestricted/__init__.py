@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
 from fastmix import backends
 from fastmix.ops import _checks
 from fastmix.ops._layers import Layers, Linear, action_width, check_layers
-from fastmix.ops.unrestricted import reference
+from fastmix.ops.unrestricted import native, reference
 from fastmix.ops.unrestricted.types import UnrestrictedParams
 
 __all__ = ["Layers", "Linear", "UnrestrictedParams", "unrestricted"]
@@ -57,16 +59,26 @@ def unrestricted(
     n_actions = _check_shapes(features, states, params, actions)
 
     leading = states.shape[:-1]
-    rows = leading.numel()
-    backends.resolve("unrestricted", states, backend)
-    joint = reference.unrestricted(
-        None if features is None else features.reshape(rows, features.shape[-1]),
-        states.reshape(rows, states.shape[-1]),
-        None if actions is None else actions.reshape(rows, actions.shape[-1]),
-        params,
-        n_actions,
-    )
-    return joint.reshape(*leading, joint.shape[-1])
+    chosen = backends.resolve("unrestricted", states, backend)
+    if chosen != "native" or len(leading) not in (1, 2):
+        features, states, actions = _rows(features), _rows(states), _rows(actions)
+    run = reference.unrestricted
+    if chosen == "native":
+        run = native.unrestricted
+    elif chosen == "triton":
+        from fastmix.ops.unrestricted import triton  # here, as it imports Triton
+
+        run = triton.unrestricted
+    joint = run(features, states, actions, params, n_actions)
+    return joint if states.shape[:-1] == leading else joint.reshape(*leading, joint.shape[-1])
+
+
+@overload
+def _rows(tensor: Tensor) -> Tensor: ...
+@overload
+def _rows(tensor: Tensor | None) -> Tensor | None: ...
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
 def _check_types(features: Tensor | None, states: Tensor, params: UnrestrictedParams) -> None:
