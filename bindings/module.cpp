@@ -10,6 +10,7 @@ void register_duplex(py::module_& m);
 void register_monotonic(py::module_& m);
 void register_optimise(py::module_& m);
 void register_prey(py::module_& m);
+void register_quantile(py::module_& m);
 void register_recurrent(py::module_& m);
 void register_returns(py::module_& m);
 void register_select(py::module_& m);
@@ -37,6 +38,7 @@ PYBIND11_MODULE(_core, m) {
   fastmix::bindings::register_monotonic(m);
   fastmix::bindings::register_optimise(m);
   fastmix::bindings::register_prey(m);
+  fastmix::bindings::register_quantile(m);
   fastmix::bindings::register_recurrent(m);
   fastmix::bindings::register_returns(m);
   fastmix::bindings::register_select(m);

@@ -34,6 +34,17 @@ RecurrentShape shape(const Sizes& sizes, const Strides& obs, const Strides& acti
 
 int64_t rows(const RecurrentShape& s) { return s.episodes * s.agents; }
 
+// They decide what is read and written, so they are looked at before anything is.
+const int64_t* lengths(const RecurrentShape& s, Address address) {
+  const int64_t* values = pointer<const int64_t>(address, 0, "lengths");
+  for (int64_t b = 0; values != nullptr && b < s.episodes; ++b) {
+    if (values[b] >= 0 && values[b] <= s.steps) continue;
+    throw std::invalid_argument("lengths must lie in [0, " + std::to_string(s.steps) + "], got " +
+                                std::to_string(values[b]) + " at [" + std::to_string(b) + "]");
+  }
+  return values;
+}
+
 template <class T>
 RecurrentWeights<T> weights(const RecurrentShape& s, const Addresses& a, const char* name) {
   const int64_t D = s.hidden_size;
@@ -302,22 +313,26 @@ void register_recurrent(py::module_& m) {
 
   register_stepper<float>(m, "RecurrentStepperFloat");
   register_stepper<double>(m, "RecurrentStepperDouble");
-  m.def("recurrent_forward", [](Address obs, Address last_actions, Address hidden, const Addresses& network, Address q,
-                                Address last_hidden, Address hidden_states, Address saved, const Sizes& sizes,
-                                const Strides& obs_stride, const Strides& action_stride, bool is_double, int threads) {
-    const RecurrentShape s = shape(sizes, obs_stride, action_stride);
-    (is_double ? forward<double> : forward<float>)(s, obs, last_actions, hidden, network, q, last_hidden, hidden_states,
-                                                   saved, threads);
-  });
-  m.def("recurrent_backward", [](Address obs, Address last_actions, bool zero_start, const Addresses& network,
-                                 Address saved, Address grad_q, Address grad_last_hidden, Address grad_hidden_states,
-                                 const Addresses& grads, Address grad_obs, Address grad_hidden, const Sizes& sizes,
-                                 const Strides& obs_stride, const Strides& action_stride, bool is_double, int threads) {
-    const RecurrentShape s = shape(sizes, obs_stride, action_stride);
-    (is_double ? backward<double> : backward<float>)(s, obs, last_actions, zero_start, network, saved, grad_q,
-                                                     grad_last_hidden, grad_hidden_states, grads, grad_obs, grad_hidden,
-                                                     threads);
-  });
+  m.def("recurrent_forward",
+        [](Address obs, Address last_actions, Address hidden, const Addresses& network, Address q, Address last_hidden,
+           Address hidden_states, Address saved, const Sizes& sizes, const Strides& obs_stride,
+           const Strides& action_stride, Address wanted, bool is_double, int threads) {
+          RecurrentShape s = shape(sizes, obs_stride, action_stride);
+          s.lengths = lengths(s, wanted);
+          (is_double ? forward<double> : forward<float>)(s, obs, last_actions, hidden, network, q, last_hidden,
+                                                         hidden_states, saved, threads);
+        });
+  m.def("recurrent_backward",
+        [](Address obs, Address last_actions, bool zero_start, const Addresses& network, Address saved, Address grad_q,
+           Address grad_last_hidden, Address grad_hidden_states, const Addresses& grads, Address grad_obs,
+           Address grad_hidden, const Sizes& sizes, const Strides& obs_stride, const Strides& action_stride,
+           Address wanted, bool is_double, int threads) {
+          RecurrentShape s = shape(sizes, obs_stride, action_stride);
+          s.lengths = lengths(s, wanted);
+          (is_double ? backward<double> : backward<float>)(s, obs, last_actions, zero_start, network, saved, grad_q,
+                                                           grad_last_hidden, grad_hidden_states, grads, grad_obs,
+                                                           grad_hidden, threads);
+        });
 #if defined(FASTMIX_CUDA)
   register_cuda(m);
 #endif

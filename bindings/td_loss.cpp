@@ -22,8 +22,11 @@ template <class T>
 TDLossForward<T> forward_params(const py::tuple& sizes, Address qs, const py::tuple& qs_strides, Address targets,
                                 const py::tuple& targets_strides, Address mask, const py::tuple& mask_strides,
                                 Address weights, const py::tuple& weights_strides, Address residual,
-                                const py::tuple& residual_strides, double scale, Address normaliser, Address loss,
-                                Address td_error, Address grad) {
+                                const py::tuple& residual_strides, int rule, Address all_greedy,
+                                const py::tuple& all_greedy_strides, Address values, const py::tuple& values_strides,
+                                Address thresholds, const py::tuple& thresholds_strides, double tolerance, double high,
+                                double low, double scale, Address normaliser, Address loss, Address td_error,
+                                Address factors, Address grad) {
   TDLossForward<T> p{};
   three(sizes, p.sizes, "qs");
   check(p.sizes[0] >= 0 && p.sizes[1] >= 0 && p.sizes[2] >= 0, "sizes must not be negative");
@@ -33,10 +36,22 @@ TDLossForward<T> forward_params(const py::tuple& sizes, Address qs, const py::tu
   p.mask = operand<T>(mask, mask_strides, elements, "mask");
   p.weights = operand<T>(weights, weights_strides, 0, "weights");
   p.residual = operand<T>(residual, residual_strides, 0, "residual");
+  check(rule >= 0 && rule <= static_cast<int>(Rule::kRecognised), "there is no such rule");
+  p.rule = static_cast<Rule>(rule);
+  const bool reads_greedy = p.rule == Rule::kGreedy || p.rule == Rule::kGreedyOrAbove;
+  const bool reads_thresholds = p.rule == Rule::kRecognised;
+  const bool reads_values = reads_thresholds || p.rule == Rule::kGreedyOrAbove;
+  p.all_greedy = operand<bool>(all_greedy, all_greedy_strides, reads_greedy ? elements : 0, "all_greedy");
+  p.values = operand<T>(values, values_strides, reads_values ? elements : 0, "values");
+  p.thresholds = operand<T>(thresholds, thresholds_strides, reads_thresholds ? elements : 0, "thresholds");
+  p.tolerance = static_cast<T>(tolerance);
+  p.high = static_cast<T>(high);
+  p.low = static_cast<T>(low);
   p.scale = scale;
   p.normaliser = pointer<const T>(normaliser, 0, "normaliser");
   p.loss = pointer<T>(loss, 1, "loss");
   p.td_error = pointer<T>(td_error, elements, "td_error");
+  p.factors = pointer<T>(factors, rule == 0 ? 0 : elements, "factors");
   p.grad = pointer<T>(grad, 0, "grad");
   return p;
 }

@@ -56,68 +56,29 @@ class Workspace:
 compiler: str
 cuda: bool
 
-def duplex_backward_float32(
-    arg0: Sequence[int],
-    arg1: Sequence[int],
-    arg2: Sequence[int],
-    arg3: Sequence[int],
-    arg4: Sequence[int],
-    arg5: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
-    arg6: Sequence[int],
-    arg7: Sequence[int],
-    arg8: Sequence[int],
-    arg9: Sequence[int],
-    arg10: int,
-    /,
-) -> None: ...
-def duplex_backward_float64(
-    arg0: Sequence[int],
-    arg1: Sequence[int],
-    arg2: Sequence[int],
-    arg3: Sequence[int],
-    arg4: Sequence[int],
-    arg5: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
-    arg6: Sequence[int],
-    arg7: Sequence[int],
-    arg8: Sequence[int],
-    arg9: Sequence[int],
-    arg10: int,
-    /,
-) -> None: ...
-
-duplex_block_rows: int
-
-def duplex_forward_float32(
-    arg0: Sequence[int],
-    arg1: Sequence[int],
-    arg2: Sequence[int],
-    arg3: Sequence[int],
-    arg4: Sequence[int],
-    arg5: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
-    arg6: Sequence[int],
-    arg7: bool,
-    arg8: bool,
-    arg9: Sequence[int],
-    arg10: int,
-    /,
-) -> None: ...
-def duplex_forward_float64(
-    arg0: Sequence[int],
-    arg1: Sequence[int],
-    arg2: Sequence[int],
-    arg3: Sequence[int],
-    arg4: Sequence[int],
-    arg5: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
-    arg6: Sequence[int],
-    arg7: bool,
-    arg8: bool,
-    arg9: Sequence[int],
-    arg10: int,
-    /,
-) -> None: ...
+def fractions_cuda_float32(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, /) -> None: ...
+def fractions_cuda_float64(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, /) -> None: ...
+def fractions_float32(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, /) -> None: ...
+def fractions_float64(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, /) -> None: ...
 def isa() -> str:
     """Instruction set in use: 'avx512', 'avx2' or 'baseline'."""
 
+def mean_shape_backward_cuda_float32(
+    arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: int, arg6: int, /
+) -> None: ...
+def mean_shape_backward_cuda_float64(
+    arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: int, arg6: int, /
+) -> None: ...
+def mean_shape_backward_float32(
+    arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: int, arg6: int, /
+) -> None: ...
+def mean_shape_backward_float64(
+    arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: int, arg6: int, /
+) -> None: ...
+def mean_shape_cuda_float32(arg0: tuple, arg1: int, arg2: tuple, arg3: int, arg4: int, arg5: int, /) -> None: ...
+def mean_shape_cuda_float64(arg0: tuple, arg1: int, arg2: tuple, arg3: int, arg4: int, arg5: int, /) -> None: ...
+def mean_shape_float32(arg0: tuple, arg1: int, arg2: tuple, arg3: int, arg4: int, arg5: int, /) -> None: ...
+def mean_shape_float64(arg0: tuple, arg1: int, arg2: tuple, arg3: int, arg4: int, arg5: int, /) -> None: ...
 def monotonic_backward(
     arg0: Sequence[int],
     arg1: Sequence[int],
@@ -279,6 +240,106 @@ def optimise_float64(
     arg14: int,
     /,
 ) -> None: ...
+def quantile_loss_cuda_float32(
+    arg0: tuple,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: tuple,
+    arg5: int,
+    arg6: tuple,
+    arg7: int,
+    arg8: tuple,
+    arg9: int,
+    arg10: tuple,
+    arg11: int,
+    arg12: tuple,
+    arg13: float,
+    arg14: float,
+    arg15: int,
+    arg16: int,
+    arg17: int,
+    arg18: int,
+    arg19: int,
+    arg20: int,
+    arg21: int,
+    arg22: int,
+    /,
+) -> None: ...
+def quantile_loss_cuda_float64(
+    arg0: tuple,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: tuple,
+    arg5: int,
+    arg6: tuple,
+    arg7: int,
+    arg8: tuple,
+    arg9: int,
+    arg10: tuple,
+    arg11: int,
+    arg12: tuple,
+    arg13: float,
+    arg14: float,
+    arg15: int,
+    arg16: int,
+    arg17: int,
+    arg18: int,
+    arg19: int,
+    arg20: int,
+    arg21: int,
+    arg22: int,
+    /,
+) -> None: ...
+def quantile_loss_float32(
+    arg0: tuple,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: tuple,
+    arg5: int,
+    arg6: tuple,
+    arg7: int,
+    arg8: tuple,
+    arg9: int,
+    arg10: tuple,
+    arg11: int,
+    arg12: tuple,
+    arg13: float,
+    arg14: float,
+    arg15: int,
+    arg16: int,
+    arg17: int,
+    arg18: int,
+    arg19: int,
+    arg20: int,
+    /,
+) -> None: ...
+def quantile_loss_float64(
+    arg0: tuple,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: tuple,
+    arg5: int,
+    arg6: tuple,
+    arg7: int,
+    arg8: tuple,
+    arg9: int,
+    arg10: tuple,
+    arg11: int,
+    arg12: tuple,
+    arg13: float,
+    arg14: float,
+    arg15: int,
+    arg16: int,
+    arg17: int,
+    arg18: int,
+    arg19: int,
+    arg20: int,
+    /,
+) -> None: ...
 def recurrent_backward(
     arg0: int,
     arg1: int,
@@ -294,8 +355,9 @@ def recurrent_backward(
     arg11: Sequence[int],
     arg12: Sequence[int],
     arg13: Sequence[int],
-    arg14: bool,
-    arg15: int,
+    arg14: int,
+    arg15: bool,
+    arg16: int,
     /,
 ) -> None: ...
 def recurrent_cuda_backward(
@@ -345,8 +407,9 @@ def recurrent_forward(
     arg8: Sequence[int],
     arg9: Sequence[int],
     arg10: Sequence[int],
-    arg11: bool,
-    arg12: int,
+    arg11: int,
+    arg12: bool,
+    arg13: int,
     /,
 ) -> None: ...
 def returns_backward_cuda_float32(
@@ -657,15 +720,26 @@ def td_loss_forward_cuda_float32(
     arg8: tuple,
     arg9: int,
     arg10: tuple,
-    arg11: float,
+    arg11: int,
     arg12: int,
-    arg13: int,
+    arg13: tuple,
     arg14: int,
-    arg15: int,
+    arg15: tuple,
     arg16: int,
-    arg17: int,
-    arg18: int,
-    arg19: int,
+    arg17: tuple,
+    arg18: float,
+    arg19: float,
+    arg20: float,
+    arg21: float,
+    arg22: int,
+    arg23: int,
+    arg24: int,
+    arg25: int,
+    arg26: int,
+    arg27: int,
+    arg28: int,
+    arg29: int,
+    arg30: int,
     /,
 ) -> None: ...
 def td_loss_forward_cuda_float64(
@@ -680,15 +754,26 @@ def td_loss_forward_cuda_float64(
     arg8: tuple,
     arg9: int,
     arg10: tuple,
-    arg11: float,
+    arg11: int,
     arg12: int,
-    arg13: int,
+    arg13: tuple,
     arg14: int,
-    arg15: int,
+    arg15: tuple,
     arg16: int,
-    arg17: int,
-    arg18: int,
-    arg19: int,
+    arg17: tuple,
+    arg18: float,
+    arg19: float,
+    arg20: float,
+    arg21: float,
+    arg22: int,
+    arg23: int,
+    arg24: int,
+    arg25: int,
+    arg26: int,
+    arg27: int,
+    arg28: int,
+    arg29: int,
+    arg30: int,
     /,
 ) -> None: ...
 def td_loss_forward_float32(
@@ -703,12 +788,23 @@ def td_loss_forward_float32(
     arg8: tuple,
     arg9: int,
     arg10: tuple,
-    arg11: float,
+    arg11: int,
     arg12: int,
-    arg13: int,
+    arg13: tuple,
     arg14: int,
-    arg15: int,
+    arg15: tuple,
     arg16: int,
+    arg17: tuple,
+    arg18: float,
+    arg19: float,
+    arg20: float,
+    arg21: float,
+    arg22: int,
+    arg23: int,
+    arg24: int,
+    arg25: int,
+    arg26: int,
+    arg27: int,
     /,
 ) -> None: ...
 def td_loss_forward_float64(
@@ -723,12 +819,23 @@ def td_loss_forward_float64(
     arg8: tuple,
     arg9: int,
     arg10: tuple,
-    arg11: float,
+    arg11: int,
     arg12: int,
-    arg13: int,
+    arg13: tuple,
     arg14: int,
-    arg15: int,
+    arg15: tuple,
     arg16: int,
+    arg17: tuple,
+    arg18: float,
+    arg19: float,
+    arg20: float,
+    arg21: float,
+    arg22: int,
+    arg23: int,
+    arg24: int,
+    arg25: int,
+    arg26: int,
+    arg27: int,
     /,
 ) -> None: ...
 def workspace_clear() -> None:

@@ -28,7 +28,7 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 PENDING: Mapping[str, str] = {
     "resz.*": "arrives with ResZ",
-    "dfac.*": "arrives with DDN and DMIX",
+    **{f"dfac.{kind}": "arrives with DDN and DMIX" for kind in ("ddn", "dmix", "learner")},
     "refil.*": "arrives with REFIL",
 }
 """Kinds (as `label` names them) that are not implemented yet, and with what they come."""
@@ -307,6 +307,18 @@ def check_agent_step(golden: Golden, setting: Setting) -> None:
     compare(golden, setting, {"q": q, "h": h}, agent, inputs)
 
 
+def check_iqn_agent(golden: Golden, setting: Setting) -> None:
+    from tests import golden_quantile
+
+    golden_quantile.check_agent(golden, setting)
+
+
+def check_quantile_loss(golden: Golden, setting: Setting) -> None:
+    from tests import golden_quantile
+
+    golden_quantile.check_loss(golden, setting)
+
+
 # -------------------------------------------------------------------------------------------------------------- returns
 
 
@@ -376,14 +388,14 @@ def check_step(golden: Golden, setting: Setting, algorithm: Algorithm, batch: Ep
     result = algorithm.step(batch)
     networks = {name: dict(algorithm.networks[name].named_parameters()) for name in algorithm.online}
     params = {f"{name}.{key}": param for name, own in networks.items() for key, param in own.items()}
-    compare_grads(golden, setting, params, _by_name(golden, golden.grads))
+    compare_grads(golden, setting, params, by_name(golden, golden.grads))
     outputs = golden.outputs
     if "grad_norm" in outputs:
         setting.close(result["grad_norm"], outputs["grad_norm"], "out/grad_norm")
     loss_name = next((name for name in ("loss/loss_td", "loss/loss", "loss") if name in outputs), None)
     if loss_name is not None:
         setting.close(result["loss"], outputs[loss_name], f"out/{loss_name}")
-    after, grads = _by_name(golden, golden.after), _by_name(golden, golden.grads)
+    after, grads = by_name(golden, golden.after), by_name(golden, golden.grads)
     for key, expected in after.items():
         if setting.dtype == torch.float32 and grads[key].abs().max() < ZERO:
             # Adam makes of the rounding of a gradient that cancels what it makes of any other: a step of up to lr.
@@ -456,7 +468,7 @@ def _built(
     algorithm = make(name, scheme, preset=preset, device=setting.device, **settings)
     if setting.dtype == torch.float64:
         algorithm.double()
-    params = _by_name(golden, golden.params)
+    params = by_name(golden, golden.params)
     for network, module in algorithm.networks.items():
         own = {key: value for key, value in params.items() if key.startswith(f"{network}.")}
         load(module, {key.removeprefix(f"{network}."): value for key, value in own.items()}, setting)
@@ -473,7 +485,7 @@ NETWORKS |= {"central_mac": "central_agent", "target_central_mac": "target_centr
 """ResQ's name of a network -> ours"""
 
 
-def _by_name(golden: Golden, section: dict[str, Tensor]) -> dict[str, Tensor]:
+def by_name(golden: Golden, section: dict[str, Tensor]) -> dict[str, Tensor]:
     """A learner's parameters, or what belongs to them, by `network.key`."""
     networks = golden.networks(section)
     return {f"{NETWORKS.get(name, name)}.{key}": t for name, own in networks.items() for key, t in own.items()}
@@ -653,6 +665,25 @@ def _powqmix_outputs(algorithm: Algorithm, batch: EpisodeBatch, terms: Outputs) 
 
 def check_resq(golden: Golden, setting: Setting) -> None:
     """The released step, and the paper's (`signed`)."""
+    batch, algorithm = make_batch(golden, setting), make_resq(golden, setting)
+    terms = algorithm.losses(batch)
+    free, c = terms["q_res"], algorithm.config
+    losses = {name: terms.get(name, torch.zeros(())) for name in ("qmix_loss", "central_loss", "noopt_loss")}
+    factors = {"qmix_loss": c.w_high, "central_loss": c.central_loss, "noopt_loss": c.noopt_loss}
+    actual: Outputs = {
+        **terms,
+        **{name: losses[name] / factor for name, factor in factors.items()},  # the files have them without
+        "mask": batch.mask,
+        "q_res_raw": free,
+        "q_res_for_noopt": -free.abs() if c.residual_negative_abs else free,
+        "target_max_qvals": terms["target_q_tot"],
+    }
+    compare_live(golden, setting, actual)
+    check_step(golden, setting, make_resq(golden, setting), batch)
+
+
+def make_resq(golden: Golden, setting: Setting) -> Algorithm:
+    """The ResQ that a file describes, released or (`signed`) the paper's, with its parameters."""
     config = golden.config
     over: dict[str, Any] = dict(config.get("over", {}))
     settings: dict[str, Any] = {
@@ -673,25 +704,7 @@ def check_resq(golden: Golden, setting: Setting) -> None:
     if over.pop("hysteretic_qmix", False):
         settings["condition"] = "hysteretic"
     settings |= {NAMED.get(name, name): value for name, value in over.items()}
-
-    def built() -> Algorithm:
-        return _built(golden, setting, "resq", "paper", settings, config["T"])
-
-    batch, algorithm = make_batch(golden, setting), built()
-    terms = algorithm.losses(batch)
-    free, c = terms["q_res"], algorithm.config
-    losses = {name: terms.get(name, torch.zeros(())) for name in ("qmix_loss", "central_loss", "noopt_loss")}
-    factors = {"qmix_loss": c.w_high, "central_loss": c.central_loss, "noopt_loss": c.noopt_loss}
-    actual: Outputs = {
-        **terms,
-        **{name: losses[name] / factor for name, factor in factors.items()},  # the files have them without
-        "mask": batch.mask,
-        "q_res_raw": free,
-        "q_res_for_noopt": -free.abs() if c.residual_negative_abs else free,
-        "target_max_qvals": terms["target_q_tot"],
-    }
-    compare_live(golden, setting, actual)
-    check_step(golden, setting, built(), batch)
+    return _built(golden, setting, "resq", "paper", settings, config["T"])
 
 
 # ------------------------------------------------------------------------------------------------------ trainer's parts
@@ -802,6 +815,8 @@ RULES: Mapping[str, Rule] = {
     "agent/ff": _rule(check_agent),
     "resq.rnn_agent": _rule(check_agent_step, "recurrent"),
     "resq.central_rnn_agent": _rule(check_agent_step, "recurrent"),
+    "dfac.iqn_agent": _rule(check_iqn_agent, "recurrent"),
+    "dfac.quantile_huber": _rule(check_quantile_loss, "quantile"),
     "returns": _rule(check_returns, "returns"),
     "returns_q": _rule(check_returns, "returns"),
     "common.td_lambda": _rule(check_returns, "returns"),

@@ -1,4 +1,4 @@
-"""One learner step of IQL, VDN and QMIX as the public trainers write it.
+"""One learner step of IQL, VDN, QMIX and QPLEX as the public trainers write it.
 
 The agent is called once per time step on inputs concatenated for that step; the mixer is a module of separate layers;
 the targets are a Python recursion; masks, gathers, clipping and the optimiser are torch's own. Where public trainers
@@ -9,13 +9,13 @@ actions are part of the stored batch, not made in the step.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .networks import CellAgent, QMixer, VDNMixer
 from .operators import td_lambda_recursion
 
 NEG = -9999999.0
@@ -31,6 +31,8 @@ class PublicBatch:
     """``[B, T + 1, S]``"""
     actions: Tensor
     """``[B, T + 1, A, 1]`` int64"""
+    actions_onehot: Tensor
+    """``[B, T + 1, A, U]``"""
     last_actions_onehot: Tensor
     """``[B, T + 1, A, U]``: one-hot action of the step before, zeros at the first"""
     avail_actions: Tensor
@@ -45,15 +47,24 @@ class PublicBatch:
 
 @dataclass(frozen=True)
 class PublicConfig:
-    """What distinguishes the steps that this module can do."""
+    """Settings of the steps that these modules can do; which networks there are, a learner is told apart from them."""
 
-    mixer: str | None
-    """``None`` (independent learners), ``"vdn"`` or ``"qmix"``"""
     gamma: float = 0.99
     td_lambda: float | None = None
-    """``None``: one-step targets as in PyMARL's q_learner; a number: TD(lambda) as in pymarl2's nq_learner"""
+    """``None``: one-step targets as in PyMARL's learners; a number: TD(lambda) as in pymarl2's"""
     double_q: bool = True
     loss_scale: float = 1.0
+    weighting: str = "none"
+    """of `central.WeightedLearner`: ``"cw"``, ``"ow"``, ``"igm"`` or ``"pow"``"""
+    w_high: float = 1.0
+    w: float = 0.5
+    central_loss: float = 1.0
+    recogniser_loss: float = 1.0
+    tolerance: float = 0.05
+    """of POWQMIX's recogniser"""
+    residual_negative_abs: bool = True
+    """ResQ's residual is ``-|.|``; without, a loss keeps it below 0"""
+    noopt_loss: float = 1.0
     optimizer: str = "rmsprop"
     lr: float = 5e-4
     optimizer_eps: float = 1e-5
@@ -64,35 +75,25 @@ class PublicConfig:
 
 
 class PublicLearner:
-    """Agent and mixer, their target copies, the optimiser; `step` does one training step and nothing else."""
+    """Networks by name, a target copy of each, the optimiser; `step` does one training step and nothing else.
 
-    def __init__(self, config: PublicConfig, agent: CellAgent, mixer: VDNMixer | QMixer | None) -> None:
+    Here ``agent`` and, but for independent learners, ``mixer``.
+    """
+
+    def __init__(self, config: PublicConfig, networks: dict[str, nn.Module]) -> None:
         self.config = config
-        self.agent, self.mixer = agent, mixer
-        self.target_agent, self.target_mixer = copy.deepcopy(agent), copy.deepcopy(mixer)
-        self.parameters = [*agent.parameters(), *(mixer.parameters() if mixer is not None else ())]
+        self.networks = networks | {f"target_{name}": copy.deepcopy(network) for name, network in networks.items()}
+        self.parameters = [p for network in networks.values() for p in network.parameters()]
         self.optimizer = self._make_optimizer()
-        # What step() calls; compile() replaces them.
-        self._agent: Callable[..., tuple[Tensor, Tensor]] = self.agent
-        self._target_agent: Callable[..., tuple[Tensor, Tensor]] = self.target_agent
-        self._mixer: Callable[..., Tensor] | None = self.mixer
-        self._target_mixer: Callable[..., Tensor] | None = self.target_mixer
-
-    def networks(self) -> Iterator[tuple[str, nn.Module]]:
-        """Name -> module, of the networks that exist."""
-        for name in ("agent", "mixer", "target_agent", "target_mixer"):
-            module = getattr(self, name)
-            if module is not None:
-                yield name, module
+        self.calls: dict[str, Callable[..., Any]] = dict(self.networks)
+        """What `step` calls; `compile` replaces them."""
 
     def compile(self, mode: str | None = None) -> None:
-        """Compile the agent's step and the mixer, online and target; loops and the optimiser stay as they are."""
-        # Each module is called with one set of shapes only.
-        self._agent = torch.compile(self.agent, dynamic=False, mode=mode)
-        self._target_agent = torch.compile(self.target_agent, dynamic=False, mode=mode)
-        if isinstance(self.mixer, QMixer) and isinstance(self.target_mixer, QMixer):
-            self._mixer = torch.compile(self.mixer, dynamic=False, mode=mode)
-            self._target_mixer = torch.compile(self.target_mixer, dynamic=False, mode=mode)
+        """Compile the agents' step and the mixers, online and target; loops and the optimiser stay as they are."""
+        for name, network in self.networks.items():
+            if any(True for _ in network.parameters()):
+                # Each module is called with one set of shapes only.
+                self.calls[name] = torch.compile(network, dynamic=False, mode=mode)
 
     def compile_loss(self) -> None:
         """Compile the loss as one graph over the whole unrolled sequence.
@@ -110,24 +111,27 @@ class PublicLearner:
 
     def loss(self, batch: PublicBatch) -> Tensor:
         """Mean over live transitions of the squared temporal-difference error, times ``loss_scale``."""
-        agent_qs = self._unroll(self._agent, batch)
-        chosen_qs = torch.gather(agent_qs[:, :-1], dim=3, index=batch.actions[:, :-1]).squeeze(3)
+        agent_qs = self._unroll("agent", batch)
+        chosen_qs = gather_actions(agent_qs[:, :-1], batch.actions[:, :-1])
         with torch.no_grad():
             targets = self._targets(agent_qs.detach(), batch)
-        if self._mixer is not None:
-            chosen_qs = self._mixer(chosen_qs, batch.state[:, :-1])
-        td_error = chosen_qs - targets
-        mask = batch.mask.expand_as(td_error)
-        masked_td_error = td_error * mask
-        return self.config.loss_scale * (masked_td_error**2).sum() / mask.sum()
+        td_error = self._mix(chosen_qs, agent_qs.detach(), batch) - targets
+        return self.config.loss_scale * masked_mean(td_error**2, batch.mask)
 
     def _update(self) -> Tensor:
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_norm_clip)
         self.optimizer.step()
         return grad_norm
 
+    def _mix(self, chosen_qs: Tensor, agent_qs: Tensor, batch: PublicBatch) -> Tensor:
+        """``[B, T, 1]`` of values ``[B, T, A]`` of the actions taken; themselves for independent learners."""
+        if "mixer" not in self.calls:
+            return chosen_qs
+        q_tot: Tensor = self.calls["mixer"](chosen_qs, batch.state[:, :-1])
+        return q_tot
+
     def _targets(self, agent_qs: Tensor, batch: PublicBatch) -> Tensor:
-        target_qs = self._unroll(self._target_agent, batch)
+        target_qs = self._unroll("target_agent", batch)
         first = 0 if self.config.td_lambda is not None else 1
         unavailable = batch.avail_actions[:, first:] == 0
         target_qs = target_qs[:, first:]
@@ -135,12 +139,16 @@ class PublicLearner:
             online = agent_qs[:, first:].clone()
             online[unavailable] = NEG
             greedy = online.max(dim=3, keepdim=True)[1]
-            bootstrap = torch.gather(target_qs, 3, greedy).squeeze(3)
+            bootstrap = gather_actions(target_qs, greedy)
         else:
             target_qs[unavailable] = NEG
             bootstrap = target_qs.max(dim=3)[0]
-        if self._target_mixer is not None:
-            bootstrap = self._target_mixer(bootstrap, batch.state[:, first:])
+        if "target_mixer" in self.calls:
+            bootstrap = self.calls["target_mixer"](bootstrap, batch.state[:, first:])
+        return self._returns(bootstrap, batch)
+
+    def _returns(self, bootstrap: Tensor, batch: PublicBatch) -> Tensor:
+        """Targets ``[B, T, K]`` of values that begin with the step after the first (one-step) or with the first."""
         config = self.config
         if config.td_lambda is None:
             return batch.reward + config.gamma * (1 - batch.terminated) * bootstrap
@@ -148,12 +156,14 @@ class PublicLearner:
             batch.reward, batch.terminated, batch.mask, bootstrap, config.gamma, config.td_lambda
         )
 
-    def _unroll(self, agent: Callable[..., tuple[Tensor, Tensor]], batch: PublicBatch) -> Tensor:
+    def _unroll(self, name: str, batch: PublicBatch) -> Tensor:
+        """``[B, T + 1, A, U]`` of the agent ``name``, one call a step."""
+        agent: Any = self.networks[name]
         episodes, steps, n_agents = batch.obs.shape[:3]
-        hidden = batch.obs.new_zeros(episodes * n_agents, self.agent.hidden_dim)
+        hidden = batch.obs.new_zeros(episodes * n_agents, agent.hidden_dim)
         outputs = []
         for t in range(steps):
-            q, hidden = agent(self._inputs(batch, t), hidden)
+            q, hidden = self.calls[name](self._inputs(batch, t), hidden)
             outputs.append(q.view(episodes, n_agents, -1))
         return torch.stack(outputs, dim=1)
 
@@ -176,3 +186,42 @@ class PublicLearner:
                 self.parameters, lr=config.lr, alpha=config.rmsprop_alpha, eps=config.optimizer_eps
             )
         raise ValueError(f"optimizer must be 'adam' or 'rmsprop', got {config.optimizer!r}")
+
+
+class DuplexLearner(PublicLearner):
+    """QPLEX: the mixer, and its target, is called once for the values and once for the advantages."""
+
+    def _mix(self, chosen_qs: Tensor, agent_qs: Tensor, batch: PublicBatch) -> Tensor:
+        online = agent_qs.clone()
+        online[batch.avail_actions == 0] = NEG
+        max_qs = online[:, :-1].max(dim=3)[0]
+        return self._both("mixer", chosen_qs, batch.state[:, :-1], batch.actions_onehot[:, :-1], max_qs)
+
+    def _targets(self, agent_qs: Tensor, batch: PublicBatch) -> Tensor:
+        target_qs = self._unroll("target_agent", batch)
+        first = 0 if self.config.td_lambda is not None else 1
+        unavailable = batch.avail_actions[:, first:] == 0
+        target_qs, online = target_qs[:, first:], agent_qs[:, first:].clone()
+        target_qs[unavailable] = NEG
+        online[unavailable] = NEG
+        greedy = online.max(dim=3, keepdim=True)[1]
+        one_hot = torch.zeros_like(online).scatter_(3, greedy, 1)
+        arguments = batch.state[:, first:], one_hot, target_qs.max(dim=3)[0]
+        return self._returns(self._both("target_mixer", gather_actions(target_qs, greedy), *arguments), batch)
+
+    def _both(self, name: str, qs: Tensor, states: Tensor, one_hot: Tensor, max_qs: Tensor) -> Tensor:
+        mixer = self.calls[name]
+        values: Tensor = mixer(qs, states, is_v=True)
+        advantages: Tensor = mixer(qs, states, actions=one_hot, max_q_i=max_qs, is_v=False)
+        return values + advantages
+
+
+def gather_actions(qs: Tensor, actions: Tensor) -> Tensor:
+    """``[B, T, A, U]`` at ``[B, T, A, 1]``: ``[B, T, A]``."""
+    return torch.gather(qs, dim=3, index=actions).squeeze(3)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of ``values [B, T, K]`` over live transitions."""
+    mask = mask.expand_as(values)
+    return (values * mask).sum() / mask.sum()

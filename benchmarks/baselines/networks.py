@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -57,15 +57,11 @@ class QMixer(nn.Module):
         super().__init__()
         self.n_agents, self.embed_dim = n_agents, embed_dim
 
-        def hypernet(n_outputs: int) -> nn.Module:
-            if hypernet_layers == 1:
-                return nn.Linear(state_dim, n_outputs)
-            return nn.Sequential(nn.Linear(state_dim, hypernet_embed), nn.ReLU(), nn.Linear(hypernet_embed, n_outputs))
-
-        self.hyper_w_1 = hypernet(n_agents * embed_dim)
-        self.hyper_w_final = hypernet(embed_dim)
+        hidden = [hypernet_embed] * (hypernet_layers - 1)
+        self.hyper_w_1 = _network(state_dim, *hidden, n_agents * embed_dim)
+        self.hyper_w_final = _network(state_dim, *hidden, embed_dim)
         self.hyper_b_1 = nn.Linear(state_dim, embed_dim)
-        self.V = nn.Sequential(nn.Linear(state_dim, embed_dim), nn.ReLU(), nn.Linear(embed_dim, 1))
+        self.V = _network(state_dim, embed_dim, 1)
 
     def forward(self, agent_qs: Tensor, states: Tensor) -> Tensor:
         """``[B, T, A]``, ``[B, T, S]`` -> ``[B, T, 1]``."""
@@ -80,8 +76,11 @@ class QMixer(nn.Module):
         return q_tot.view(episodes, -1, 1)
 
 
-class QPLEXMixer(nn.Module):
-    """QPLEX (Wang et al. 2021): transform, and three networks of its own for each kernel of the importance weights."""
+class DuplexMixer(nn.Module):
+    """QPLEX's DMAQ (Wang et al. 2021): a transform of the utilities, and ``3 * n_kernels`` small importance networks.
+
+    A learner calls it twice, for the values and for the advantages, and adds the two up.
+    """
 
     def __init__(
         self,
@@ -89,54 +88,118 @@ class QPLEXMixer(nn.Module):
         n_actions: int,
         state_dim: int,
         hypernet_embed: int = 64,
-        num_kernel: int = 4,
-        adv_hypernet_layers: int = 2,
-        adv_hypernet_embed: int = 64,
+        n_kernels: int = 4,
+        adv_layers: int = 2,
+        adv_embed: int = 64,
+        weighted_head: bool = True,
+        minus_one: bool = True,
     ) -> None:
         super().__init__()
+        self.n_agents, self.weighted_head, self.minus_one = n_agents, weighted_head, minus_one
+        self.hyper_w_final = _network(state_dim, hypernet_embed, n_agents)
+        self.V = _network(state_dim, hypernet_embed, n_agents)
+        self.si_weight = ImportanceWeights(n_agents, n_actions, state_dim, n_kernels, [adv_embed] * (adv_layers - 1))
+
+    def forward(
+        self,
+        agent_qs: Tensor,
+        states: Tensor,
+        actions: Tensor | None = None,
+        max_q_i: Tensor | None = None,
+        is_v: bool = False,
+    ) -> Tensor:
+        """``[B, T, A]``, ``[B, T, S]``, one-hots ``[B, T, A, U]``, ``[B, T, A]`` -> one part, ``[B, T, 1]``."""
+        episodes = agent_qs.shape[0]
+        states = states.reshape(-1, states.shape[-1])
+        agent_qs = agent_qs.reshape(-1, self.n_agents)
+        if self.weighted_head:
+            w = torch.abs(self.hyper_w_final(states)) + 1e-10
+            v = self.V(states)
+            agent_qs = w * agent_qs + v
+        if is_v:
+            return agent_qs.sum(-1).view(episodes, -1, 1)
+        assert actions is not None and max_q_i is not None  # the advantages' part needs both
+        max_q_i = max_q_i.reshape(-1, self.n_agents)
+        if self.weighted_head:
+            max_q_i = w * max_q_i + v
+        advantages = (agent_qs - max_q_i).detach()
+        importance = self.si_weight(states, actions.reshape(states.shape[0], -1))
+        if self.minus_one:
+            importance = importance - 1
+        return (advantages * importance).sum(-1).view(episodes, -1, 1)
+
+
+class ImportanceWeights(nn.Module):
+    """QPLEX's ``lambda``: each kernel has one network for the state, one for the agents, one for the joint action."""
+
+    def __init__(self, n_agents: int, n_actions: int, state_dim: int, n_kernels: int, hidden: list[int]) -> None:
+        super().__init__()
         self.n_agents = n_agents
-        hidden = [adv_hypernet_embed] * (adv_hypernet_layers - 1)
+        both = state_dim + n_agents * n_actions
+        self.key_extractors = nn.ModuleList(_network(state_dim, *hidden, 1) for _ in range(n_kernels))
+        self.agents_extractors = nn.ModuleList(_network(state_dim, *hidden, n_agents) for _ in range(n_kernels))
+        self.action_extractors = nn.ModuleList(_network(both, *hidden, n_agents) for _ in range(n_kernels))
 
-        def network(*sizes: int) -> nn.Sequential:
-            layers: list[nn.Module] = [nn.Linear(sizes[0], sizes[1])]
-            for inputs, outputs in pairwise(sizes[1:]):
-                layers += [nn.ReLU(), nn.Linear(inputs, outputs)]
-            return nn.Sequential(*layers)
-
-        def kernels(inputs: int, outputs: int) -> nn.ModuleList:
-            return nn.ModuleList(network(inputs, *hidden, outputs) for _ in range(num_kernel))
-
-        self.hyper_w_final = network(state_dim, hypernet_embed, n_agents)
-        self.V = network(state_dim, hypernet_embed, n_agents)
-        self.key_extractors = kernels(state_dim, 1)
-        self.agents_extractors = kernels(state_dim, n_agents)
-        self.action_extractors = kernels(state_dim + n_agents * n_actions, n_agents)
-
-    def forward(self, agent_qs: Tensor, states: Tensor, actions: Tensor, max_qs: Tensor) -> Tensor:
-        """``[N, A]``, ``[N, S]``, one-hots ``[N, A * U]``, ``[N, A]`` -> ``[N, 1]``.
-
-        Public learners call the mixer once for each part and add them up.
-        """
-        return self.values(agent_qs, states) + self.advantages(agent_qs, states, actions, max_qs)
-
-    def values(self, agent_qs: Tensor, states: Tensor) -> Tensor:
-        """The first part."""
-        scale = torch.abs(self.hyper_w_final(states)) + 1e-10
-        return (scale * agent_qs + self.V(states)).sum(-1, keepdim=True)
-
-    def advantages(self, agent_qs: Tensor, states: Tensor, actions: Tensor, max_qs: Tensor) -> Tensor:
-        """The second part."""
-        scale, shift = torch.abs(self.hyper_w_final(states)) + 1e-10, self.V(states)
-        advantages = ((scale * agent_qs + shift) - (scale * max_qs + shift)).detach()
-        return (advantages * (self.importance(states, actions) - 1)).sum(-1, keepdim=True)
-
-    def importance(self, states: Tensor, actions: Tensor) -> Tensor:
-        """``[N, S]`` and one-hots ``[N, A * U]`` -> ``[N, A]``."""
-        both = torch.cat([states, actions], -1)
-        heads = []
+    def forward(self, states: Tensor, actions: Tensor) -> Tensor:
+        """``[N, S]``, ``[N, A * U]`` -> ``[N, A]``."""
+        both = torch.cat([states, actions], dim=1)
+        weights = []
         for key, agents, action in zip(
             self.key_extractors, self.agents_extractors, self.action_extractors, strict=True
         ):
-            positive = torch.abs(key(states)).repeat(1, self.n_agents) + 1e-10
-            heads.append(positive * torch.sigmoid(agents(states)) * torch.sigmoid(action(both)))
-        return torch.stack(heads, 1).sum(1)
+            x_key = torch.abs(key(states)).repeat(1, self.n_agents) + 1e-10
+            weights.append(x_key * torch.sigmoid(agents(states)) * torch.sigmoid(action(both)))
+        return torch.stack(weights, dim=1).sum(dim=1)
+
+
+class CentralMixer(nn.Module):
+    """The unrestricted mixer of WQMIX and ResQ: three hidden layers over state and utilities, and a state's value."""
+
+    def __init__(self, n_agents: int, state_dim: int, embed_dim: int = 256, action_embed: int = 1) -> None:
+        super().__init__()
+        self.n_inputs = n_agents * action_embed
+        self.net = _network(state_dim + self.n_inputs, embed_dim, embed_dim, embed_dim, 1)
+        self.V = _network(state_dim, embed_dim, 1)
+
+    def forward(self, agent_qs: Tensor, states: Tensor) -> Tensor:
+        """``[B, T, A]`` or ``[B, T, A, c]``, ``[B, T, S]`` -> ``[B, T, 1]``."""
+        episodes = agent_qs.shape[0]
+        states = states.reshape(-1, states.shape[-1])
+        inputs = torch.cat([states, agent_qs.reshape(-1, self.n_inputs)], dim=1)
+        return (self.net(inputs) + self.V(states)).view(episodes, -1, 1)
+
+
+class Recogniser(nn.Module):
+    """POWQMIX's ``Q_r``: generated non-negative weights of the advantages, and a state's value."""
+
+    def __init__(
+        self, n_agents: int, n_actions: int, state_dim: int, embed_dim: int = 32, hypernet_embed: int = 64
+    ) -> None:
+        super().__init__()
+        self.n_agents, self.embed_dim = n_agents, embed_dim
+        both = state_dim + n_agents * n_actions
+        self.hyper_w1 = _network(both, hypernet_embed, n_agents * embed_dim)
+        self.hyper_w2 = _network(both, hypernet_embed, embed_dim)
+        self.V = _network(state_dim, embed_dim, 1)
+
+    def forward(self, advantages: Tensor, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, T, A]``, ``[B, T, S]``, one-hots ``[B, T, A, U]`` -> ``Q_r`` and ``V``, each ``[B, T, 1]``."""
+        episodes = advantages.shape[0]
+        states = states.reshape(-1, states.shape[-1])
+        both = torch.cat([states, actions.reshape(states.shape[0], -1)], dim=1)
+        w1 = torch.abs(self.hyper_w1(both)).view(-1, self.n_agents, self.embed_dim)
+        w2 = torch.abs(self.hyper_w2(both)).view(-1, self.embed_dim, 1)
+        v = self.V(states)
+        q_r = torch.bmm(torch.bmm(advantages.reshape(-1, 1, self.n_agents), w1), w2).view(-1, 1) + v
+        return q_r.view(episodes, -1, 1), v.view(episodes, -1, 1)
+
+
+def _network(*sizes: int) -> nn.Module:
+    """Linear layers with ReLU between them; a single one is a bare `nn.Linear`."""
+    linear = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
+    if len(linear) == 1:
+        return linear[0]
+    layers: list[nn.Module] = [linear[0]]
+    for layer in linear[1:]:
+        layers += [nn.ReLU(), layer]
+    return nn.Sequential(*layers)

@@ -51,18 +51,34 @@ int64_t block_rows(int64_t rows) {
 struct Block {
   int64_t first;
   int rows;
+  int64_t steps;               // that are computed
+  int64_t row[kBlockRows];     // index of (episode, agent) among [B, A]
   int64_t obs[kBlockRows];     // offset of the row at step 0
   int64_t action[kBlockRows];  // the same in last_actions
   int64_t out[kBlockRows];     // index of (episode, step 0, agent) among [B, T, A]
   int64_t agent[kBlockRows];
 };
 
-Block make_block(const RecurrentShape& s, int64_t first, int64_t size) {
+// Episodes in the order in which their rows make blocks: longest first, so that the steps of a block's rows end
+// together.
+void order_episodes(const RecurrentShape& s, int64_t* order) {
+  for (int64_t length = s.steps; length >= 0; --length) {
+    for (int64_t b = 0; b < s.episodes; ++b) {
+      if (s.lengths[b] == length) *order++ = b;
+    }
+  }
+}
+
+// `order` is null where all steps of all episodes are wanted.
+Block make_block(const RecurrentShape& s, const int64_t* order, int64_t first, int64_t size) {
   Block block;
   block.first = first;
   block.rows = static_cast<int>(min(size, rows_of(s) - first));
+  block.steps = order == nullptr ? s.steps : s.lengths[order[first / s.agents]];
   for (int i = 0; i < block.rows; ++i) {
-    const int64_t episode = (first + i) / s.agents, agent = (first + i) % s.agents;
+    const int64_t rank = (first + i) / s.agents, agent = (first + i) % s.agents;
+    const int64_t episode = order == nullptr ? rank : order[rank];
+    block.row[i] = episode * s.agents + agent;
     block.obs[i] = episode * s.obs_stride[0] + agent * s.obs_stride[2];
     block.action[i] = episode * s.action_stride[0] + agent * s.action_stride[2];
     block.out[i] = episode * s.steps * s.agents + agent;
@@ -483,6 +499,11 @@ int64_t forward_scratch(const RecurrentShape& s) {  // numbers a thread needs
 }
 
 template <class T>
+FASTMIX_INLINE void fill_zero(T* to, int64_t size) {
+  for (int64_t k = 0; k < size; ++k) to[k] = 0;
+}
+
+template <class T>
 void walk(const RecurrentForward<T>& p, const Packed<T>& w, const Block& block, T* scratch) {
   const int64_t D = p.hidden_size, width = padded<T>(D), rows = block.rows, step = rows * width;
   T* raw = scratch;
@@ -496,24 +517,24 @@ void walk(const RecurrentForward<T>& p, const Packed<T>& w, const Block& block, 
   if (p.hidden != nullptr || save) {
     for (int64_t i = 0; i < rows; ++i) {
       if (p.hidden != nullptr) {
-        pad_copy(p.hidden + (block.first + i) * D, D, width, h + i * width);
+        pad_copy(p.hidden + block.row[i] * D, D, width, h + i * width);
       } else {
         for (int64_t k = 0; k < width; ++k) h[i * width + k] = 0;
       }
     }
-  } else if (p.steps == 0) {
+  } else if (block.steps == 0) {
     for (int64_t k = 0; k < step; ++k) h[k] = 0;
   }
 
   InputRows<T> in;
   const int64_t chunk = kInputRows / rows;
-  for (int64_t begin = 0; begin < p.steps; begin += chunk) {
-    const int64_t end = min(begin + chunk, p.steps);
+  for (int64_t begin = 0; begin < block.steps; begin += chunk) {
+    const int64_t end = min(begin + chunk, block.steps);
     T* x = save ? saved.x + begin * step : inputs;
     find_inputs(p, block, begin, end, in);
     input_layer((end - begin) * rows, in, p.obs_size, inputs_of(p), width, w, x);
     for (int64_t t = begin; t < end; ++t, x += step) {
-      if (t + chunk < p.steps) prefetch_obs(p, block, t + chunk);
+      if (t + chunk < block.steps) prefetch_obs(p, block, t + chunk);
       const T* before = t == 0 && p.hidden == nullptr ? nullptr : h;
       T* next = save ? h + step : states[(t + 1) % 2];
       gate_products(rows, D, width, w, x, before, raw);
@@ -536,8 +557,12 @@ void walk(const RecurrentForward<T>& p, const Packed<T>& w, const Block& block, 
     }
   }
   for (int64_t i = 0; i < rows; ++i) {
-    T* out = p.last_hidden + (block.first + i) * D;
+    T* out = p.last_hidden + block.row[i] * D;
     for (int64_t k = 0; k < D; ++k) out[k] = h[i * width + k];
+    for (int64_t t = block.steps; t < p.steps; ++t) {
+      fill_zero(p.q + (block.out[i] + t * p.agents) * p.outputs, p.outputs);
+      if (p.hidden_states != nullptr) fill_zero(p.hidden_states + (block.out[i] + t * p.agents) * D, D);
+    }
   }
 }
 
@@ -551,8 +576,11 @@ void forward(const RecurrentForward<T>& p, int threads) {
   T* const memory = static_cast<T*>(workspace.get());
   if (p.packed == nullptr) pack_weights(p, p.weights, memory + scratch * threads);
   const Packed<T> weights(p, p.packed == nullptr ? memory + scratch * threads : p.packed);
+  const Workspace order_memory(p.lengths == nullptr ? 0 : sizeof(int64_t) * static_cast<size_t>(p.episodes));
+  int64_t* const order = p.lengths == nullptr ? nullptr : static_cast<int64_t*>(order_memory.get());
+  if (order != nullptr) order_episodes(p, order);
   parallel_tasks(blocks, threads, [&](int64_t block, int thread) {
-    walk(p, weights, make_block(p, block * size, size), memory + scratch * thread);
+    walk(p, weights, make_block(p, order, block * size, size), memory + scratch * thread);
   });
 }
 
@@ -790,7 +818,7 @@ void walk(const RecurrentBackward<T>& p, const PackedBackward<T>& w, const Block
 
   for (int64_t i = 0; i < rows; ++i) {
     if (p.grad_last_hidden != nullptr) {
-      pad_copy(p.grad_last_hidden + (block.first + i) * D, D, width, carry + i * width);
+      pad_copy(p.grad_last_hidden + block.row[i] * D, D, width, carry + i * width);
     } else {
       for (int64_t k = 0; k < width; ++k) carry[i * width + k] = 0;
     }
@@ -798,7 +826,7 @@ void walk(const RecurrentBackward<T>& p, const PackedBackward<T>& w, const Block
 
   const int64_t chunk = max_of(1, kChunkRows / rows);
   const T* dq[most];
-  for (int64_t end = p.steps; end > 0;) {
+  for (int64_t end = block.steps; end > 0;) {
     const int64_t begin = max_of(0, end - chunk), row_steps = (end - begin) * rows;
     for (int64_t t = end - 1; t >= begin; --t) {
       const int64_t at = (t - begin) * rows;
@@ -883,9 +911,16 @@ void walk(const RecurrentBackward<T>& p, const PackedBackward<T>& w, const Block
     if (accumulator.row_steps >= kFoldRows) accumulator.fold();
     end = begin;
   }
+  if (p.grad_obs != nullptr) {
+    for (int64_t t = block.steps; t < p.steps; ++t) {
+      for (int64_t i = 0; i < rows; ++i) {
+        fill_zero(p.grad_obs + (block.out[i] + t * p.agents) * p.obs_size, p.obs_size);
+      }
+    }
+  }
   if (p.grad_hidden != nullptr) {
     for (int64_t i = 0; i < rows; ++i) {
-      T* out = p.grad_hidden + (block.first + i) * D;
+      T* out = p.grad_hidden + block.row[i] * D;
       for (int64_t k = 0; k < D; ++k) out[k] = carry[i * width + k];
     }
   }
@@ -950,6 +985,9 @@ void backward(const RecurrentBackward<T>& p, int threads) {
   T* const total = scratches + scratch * threads;
   const PackedBackward<T> weights(p, memory);
   pack_weights(p, weights);
+  const Workspace order_memory(p.lengths == nullptr ? 0 : sizeof(int64_t) * static_cast<size_t>(p.episodes));
+  int64_t* const order = p.lengths == nullptr ? nullptr : static_cast<int64_t*>(order_memory.get());
+  if (order != nullptr) order_episodes(p, order);
   if (tasks == 0) {
     for (int64_t i = 0; i < sums; ++i) total[i] = 0;
   }
@@ -960,7 +998,7 @@ void backward(const RecurrentBackward<T>& p, int threads) {
     Accumulator<T> accumulator{small ? own : partials + sums * thread, own, sums, 0, false};
     for (int64_t i = 0; i < sums; ++i) accumulator.partial[i] = 0;
     for (int64_t block = begin; block < end; ++block) {
-      walk(p, weights, make_block(p, block * size, size), scratches + scratch * thread, accumulator);
+      walk(p, weights, make_block(p, order, block * size, size), scratches + scratch * thread, accumulator);
     }
     accumulator.fold();
   });

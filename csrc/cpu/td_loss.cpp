@@ -99,7 +99,42 @@ double sum_mask(const TDLossForward<T>& p, const Sizes& sizes) {
   return repeated ? sum * static_cast<double>(sizes.inner) : sum;
 }
 
-template <class T, bool kWeights, bool kResidual>
+// Writes what the rule makes of a block: `favoured` for favoured elements, `other` for the rest.
+template <class T>
+void decide(const TDLossForward<T>& p, const Sizes& sizes, int64_t begin, int size, const T* qs, const T* targets,
+            T favoured, T other, T* factors) {
+  alignas(64) T first[kBlock], second[kBlock];
+  alignas(64) bool flags[kBlock];
+  switch (p.rule) {
+    case Rule::kNone:
+      break;
+    case Rule::kGreedy: {
+      const bool* greedy = block(p.all_greedy, sizes, begin, size, flags);
+      for (int i = 0; i < size; ++i) factors[i] = greedy[i] ? favoured : other;
+      break;
+    }
+    case Rule::kGreedyOrAbove: {
+      const bool* greedy = block(p.all_greedy, sizes, begin, size, flags);
+      const T* values = block(p.values, sizes, begin, size, first);
+      for (int i = 0; i < size; ++i) factors[i] = greedy[i] || targets[i] > values[i] ? favoured : other;
+      break;
+    }
+    case Rule::kBelow:
+      for (int i = 0; i < size; ++i) factors[i] = qs[i] < targets[i] ? favoured : other;
+      break;
+    case Rule::kNotBelow:
+      for (int i = 0; i < size; ++i) factors[i] = qs[i] < targets[i] ? other : favoured;
+      break;
+    case Rule::kRecognised: {
+      const T* values = block(p.values, sizes, begin, size, first);
+      const T* thresholds = block(p.thresholds, sizes, begin, size, second);
+      for (int i = 0; i < size; ++i) factors[i] = values[i] >= thresholds[i] - p.tolerance ? favoured : other;
+      break;
+    }
+  }
+}
+
+template <class T, bool kWeights, bool kResidual, bool kRule>
 double pass(const TDLossForward<T>& p, const Sizes& sizes, T factor) {
   return sum_blocks(sizes.total(), p.threads, [&](int64_t begin, int size, double* squares) {
     alignas(64) T buffers[5][kBlock];
@@ -109,14 +144,22 @@ double pass(const TDLossForward<T>& p, const Sizes& sizes, T factor) {
     const T* weights = kWeights ? block(p.weights, sizes, begin, size, buffers[3]) : nullptr;
     const T* residual = kResidual ? block(p.residual, sizes, begin, size, buffers[4]) : nullptr;
     T* td_error = p.td_error + begin;
+    const T* factors = nullptr;
+    if constexpr (kRule) {
+      factors = p.factors + begin;
+      decide(p, sizes, begin, size, qs, targets, kResidual ? T(0) : p.high, kResidual ? T(1) : p.low,
+             p.factors + begin);
+    }
     T gradients[kBlock];
     T* grad = p.grad == nullptr ? gradients : p.grad + begin;
     for (int i = 0; i < size; ++i) {
       const T m = mask[i];
-      const T q = kResidual ? qs[i] + residual[i] : qs[i];
+      // Selected, not multiplied: a residual that is left out may be infinite.
+      const T q = kResidual && (!kRule || factors[i] != 0) ? qs[i] + residual[i] : qs[i];
       // Selected, not multiplied: padded steps may hold NaN or inf.
       const T td = m != 0 ? m * (q - targets[i]) : T(0);
-      const T weighted = kWeights ? (m != 0 ? weights[i] * td : T(0)) : td;
+      const T own = kRule && !kResidual ? factors[i] * td : td;
+      const T weighted = kWeights ? (m != 0 ? weights[i] * own : T(0)) : own;
       td_error[i] = td;
       grad[i] = factor * m * weighted;
       squares[i] = static_cast<double>(weighted) * static_cast<double>(td);
@@ -124,13 +167,20 @@ double pass(const TDLossForward<T>& p, const Sizes& sizes, T factor) {
   });
 }
 
+template <class T, bool kWeights, bool kResidual>
+double pass(const TDLossForward<T>& p, const Sizes& sizes, T factor) {
+  return p.rule == Rule::kNone ? pass<T, kWeights, kResidual, false>(p, sizes, factor)
+                               : pass<T, kWeights, kResidual, true>(p, sizes, factor);
+}
+
 template <class T>
 void forward(TDLossForward<T> p) {
   if (p.sizes[2] == 1) {  // one column: rows along time are the inner loop
-    Strided<T>* operands[] = {&p.qs, &p.targets, &p.mask, &p.weights, &p.residual};
-    for (Strided<T>* operand : operands) {
-      operand->strides[2] = operand->strides[1];
-      operand->strides[1] = operand->strides[0];
+    int64_t* strides[] = {p.qs.strides,       p.targets.strides,    p.mask.strides,   p.weights.strides,
+                          p.residual.strides, p.all_greedy.strides, p.values.strides, p.thresholds.strides};
+    for (int64_t* of : strides) {
+      of[2] = of[1];
+      of[1] = of[0];
     }
     p.sizes[2] = p.sizes[1];
     p.sizes[1] = p.sizes[0];

@@ -24,6 +24,26 @@ __device__ T read(const Strided<T>& operand, int64_t outer, int64_t middle, int6
   return operand.data[outer * operand.strides[0] + middle * operand.strides[1] + inner * operand.strides[2]];
 }
 
+// Whether the rule favours an element.
+template <class T>
+__device__ bool favours(const TDLossForward<T>& p, int64_t outer, int64_t middle, int64_t inner, T q, T target) {
+  switch (p.rule) {
+    case Rule::kNone:
+      return false;
+    case Rule::kGreedy:
+      return read(p.all_greedy, outer, middle, inner);
+    case Rule::kGreedyOrAbove:
+      return read(p.all_greedy, outer, middle, inner) || target > read(p.values, outer, middle, inner);
+    case Rule::kBelow:
+      return q < target;
+    case Rule::kNotBelow:
+      return !(q < target);
+    case Rule::kRecognised:
+      return read(p.values, outer, middle, inner) >= read(p.thresholds, outer, middle, inner) - p.tolerance;
+  }
+  return false;
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const TDLossForward<T> p, double* parts) {
   const int64_t total = p.sizes[0] * p.sizes[1] * p.sizes[2], step = static_cast<int64_t>(gridDim.x) * kPerBlock;
@@ -44,6 +64,18 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const TDLossForward<T
         mask[i] = read(p.mask, outer, middle, inner);
         if (p.weights.data != nullptr) weight[i] = read(p.weights, outer, middle, inner);
         if (p.residual.data != nullptr) residual[i] = read(p.residual, outer, middle, inner);
+        if (p.rule != Rule::kNone) {
+          const bool favoured = favours(p, outer, middle, inner, q[i], target[i]);
+          if (p.residual.data != nullptr) {
+            // Selected, not multiplied: a residual that is left out may be infinite.
+            if (favoured) residual[i] = 0;
+            p.factors[index] = favoured ? T(0) : T(1);
+          } else {
+            const T factor = favoured ? p.high : p.low;
+            weight[i] *= factor;
+            p.factors[index] = factor;
+          }
+        }
       }
     }
 #pragma unroll

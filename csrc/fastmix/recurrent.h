@@ -16,6 +16,10 @@ struct RecurrentShape {
   int64_t hidden_size, outputs;
   int64_t obs_stride[3];     // in elements: episode, step, agent
   int64_t action_stride[3];  // the same, of last_actions
+  // [B]: how many steps of each episode are wanted, at most `steps`; null: all. Results of later steps are finite and
+  // else undefined, last_hidden is that of a step not before the last one wanted, and gradients of results of later
+  // steps must be zero. On CUDA all steps are computed.
+  const int64_t* lengths = nullptr;
 };
 
 // In torch's layout: gates stacked reset, update, new; [out, in].

@@ -14,14 +14,29 @@ struct Strided {
   int64_t strides[3] = {0, 0, 0};
 };
 
+// Which elements are favoured: a residual is left out of these, and without one they weigh `high` and others `low`.
+enum class Rule : int {
+  kNone,
+  kGreedy,         // all_greedy
+  kGreedyOrAbove,  // all_greedy, or targets > values
+  kBelow,          // qs < targets
+  kNotBelow,       // not qs < targets
+  kRecognised,     // values >= thresholds - tolerance
+};
+
 template <class T>
 struct TDLossForward {
   int64_t sizes[3];
   Strided<T> qs, targets, mask, weights, residual;  // weights and residual may be absent
+  Rule rule;
+  Strided<bool> all_greedy;       // where the rule reads it
+  Strided<T> values, thresholds;  // where the rule reads them
+  T tolerance, high, low;
   double scale;
   const T* normaliser;  // one number; null: the sum of the mask, and a batch without a live step has loss 0
   T* loss;              // one number
   T* td_error;          // dense
+  T* factors;           // dense, what the rule came to: high or low, or the residual's 0 or 1; null without a rule
   T* grad;              // dense, d loss / d qs, on CUDA but for a factor; null when not wanted
   int threads;
 };

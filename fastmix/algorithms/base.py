@@ -16,6 +16,7 @@ from fastmix._parts import part
 from fastmix.algorithms.batch import EpisodeBatch, Scheme
 from fastmix.algorithms.config import AlgorithmConfig
 from fastmix.algorithms.optimiser import Optimiser
+from fastmix.algorithms.rows import episode_lengths
 from fastmix.algorithms.standardise import RunningMoments
 from fastmix.ops import recurrent, returns, select
 from fastmix.ops._checks import check_choice
@@ -285,8 +286,12 @@ class Algorithm(abc.ABC):
         *names: str,
         hidden: Tensor | None = None,
         return_hidden_states: bool = False,
+        lengths: Tensor | None = None,
     ) -> list[RecurrentOutput]:
-        """The agent networks ``names`` over whole sequences; all recurrent ones in one call."""
+        """The agent networks ``names`` over whole sequences; all recurrent ones in one call.
+
+        What they give after ``lengths`` of each episode must not be read.
+        """
         networks = [self.networks[name] for name in names]
         actions, ids = last_actions if self.config.obs_last_action else None, self.config.obs_agent_id
         gated = [n for n in networks if isinstance(n, agents.RNNAgent) and n.is_recurrent]
@@ -295,9 +300,13 @@ class Algorithm(abc.ABC):
             return [n.unroll(obs, hidden, actions, ids, return_hidden_states) for n in others]
         outputs = recurrent(
             obs, [n.params() for n in gated], None if hidden is None else [hidden] * len(gated),
-            last_actions=actions, agent_ids=ids, return_hidden_states=return_hidden_states,
+            last_actions=actions, agent_ids=ids, return_hidden_states=return_hidden_states, lengths=lengths,
         )  # fmt: skip
         return [n.finish(output) for n, output in zip(gated, outputs, strict=True)]
+
+    def _lengths(self, batch: EpisodeBatch) -> Tensor | None:
+        """Steps of each episode that a loss reads; all in released code, some of which reads padding."""
+        return None if self.config.compat == "released" else episode_lengths(batch)
 
     def _utilities(self, obs: Tensor, last_actions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """One acting step: ``[n, A, U]`` and the new hidden state."""

@@ -12,6 +12,7 @@ from fastmix._parts import part
 from fastmix.algorithms.base import GREEDY_KINDS, Algorithm
 from fastmix.algorithms.batch import EpisodeBatch
 from fastmix.algorithms.config import AlgorithmConfig
+from fastmix.algorithms.rows import Rows
 from fastmix.ops import select, td_loss
 from fastmix.ops._checks import check_choice
 from fastmix.ops.recurrent import RecurrentOutput
@@ -31,6 +32,10 @@ class Critique(NamedTuple):
     """``[B, T + 1, 1]``: the target critic's value of the greedy joint actions"""
     loss: Tensor
     """0-dim: the critic's own, with its factors"""
+    rows: Rows
+    """What mixers are asked for"""
+    states: Tensor
+    """Those rows of the states"""
     others: list[RecurrentOutput]
     """Further networks over the same input, as asked for"""
     terms: dict[str, Tensor]
@@ -71,18 +76,23 @@ class CentralCritic(Algorithm):
         c = self.config
         names = ["agent", "central_agent", "target_central_agent", *others, *([] if c.double_q else ["target_agent"])]
         with part("unrolls"):
-            agent, central, target_central, *rest = self._unroll(batch.obs, batch.last_actions, *names)
+            agent, central, target_central, *rest = self._unroll(
+                batch.obs, batch.last_actions, *names, lengths=self._lengths(batch)
+            )
         with part("select"):
             chosen = select(agent.q, batch.avail_actions, actions=batch.actions)
             assert chosen.all_greedy is not None
             greedy = chosen.greedy_actions
             best = greedy if c.double_q else select(rest.pop().q, batch.avail_actions).greedy_actions
-            central_qs = at_actions(central.q[:, :-1], batch.actions[:, :-1])
+            central_qs = at_actions(central.q, batch.actions)
         with part("mixer"):
-            q_star = self.networks["central_mixer"](central_qs, batch.states[:, :-1])
+            rows = Rows(batch)
+            states = rows.take(batch.states)
+            q_star = rows.put(self.networks["central_mixer"](rows.take(central_qs), states))
         with torch.no_grad(), part("targets"):
-            target_qs = at_actions(target_central.q, best)
-            greedy_values = self.networks["target_central_mixer"](target_qs, batch.states)
+            stored, target_qs = Rows(batch, bootstrap=True), at_actions(target_central.q, best)
+            target_mixer = self.networks["target_central_mixer"]
+            greedy_values = stored.put(target_mixer(stored.take(target_qs), stored.take(batch.states)))
             rewards, targets = self._returns(batch, greedy_values)
         with part("loss"):
             loss = td_loss(q_star, targets, batch.mask, weights=batch.weights, scale=c.loss_scale * c.central_loss).loss
@@ -91,7 +101,7 @@ class CentralCritic(Algorithm):
             "greedy_actions": greedy, "rewards": rewards,
         }  # fmt: skip
         all_greedy = chosen.all_greedy[:, :-1].unsqueeze(-1)
-        return Critique(chosen, all_greedy, targets, greedy_values, loss, rest, terms)
+        return Critique(chosen, all_greedy, targets, greedy_values, loss, rows, states, rest, terms)
 
     def _central_value(self, obs: Tensor, last_actions: Tensor, states: Tensor, actions: Tensor) -> Tensor:
         """``Q*`` of joint actions, for `joint_values`."""
@@ -102,8 +112,9 @@ class CentralCritic(Algorithm):
 
 def at_actions(utilities: Tensor, actions: Tensor) -> Tensor:
     """``utilities [..., A, U]`` or ``[..., A, U, c]`` at ``actions [..., A]``: ``[..., A]``, or ``[..., A, c > 1]``."""
-    if utilities.dim() == actions.dim() + 1:
-        utilities = utilities.unsqueeze(-1)
-    embed = utilities.shape[-1]
-    values = utilities.gather(-2, actions[..., None, None].expand(*actions.shape, 1, embed)).squeeze(-2)
-    return values.squeeze(-1) if embed == 1 else values
+    if utilities.dim() > actions.dim() + 1 and utilities.shape[-1] == 1:
+        utilities = utilities.squeeze(-1)
+    index, *embed = actions.unsqueeze(-1), *utilities.shape[actions.dim() + 1 :]
+    if embed:
+        index = index.unsqueeze(-1).expand(*actions.shape, 1, *embed)
+    return utilities.gather(actions.dim(), index).squeeze(actions.dim())

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from fastmix._parts import part
-from fastmix.algorithms import weighting
 from fastmix.algorithms.batch import EpisodeBatch
 from fastmix.algorithms.config import PRESETS
+from fastmix.algorithms.rows import Rows
 from fastmix.algorithms.weighted_qmix import WeightedQMIX
 from fastmix.mixers import ImportanceRecogniser, Recogniser
 from fastmix.ops import select, td_loss
 from fastmix.ops.duplex import Recognition
+from fastmix.ops.select import UNAVAILABLE
+from fastmix.ops.td_loss import Favoured
 
 WEIGHTS: Final[dict[str, Any]] = {"w_high": 5.0, "w": 0.0}
 TRAINING: Final[dict[str, dict[str, Any]]] = {
@@ -55,23 +57,19 @@ class POWQMIX(WeightedQMIX):
         """See `Algorithm.losses`. Also what `WeightedQMIX.losses` has, and ``q_r`` and ``v_r``."""
         c = self.config
         critique = self._criticise(batch)
-        q_tot = self._q_tot(batch, critique)
         chosen_qs, max_qs = critique.utilities.chosen_qs, critique.utilities.greedy_qs
         assert chosen_qs is not None
-        # Padded steps have no available action and so no largest utility; their advantages are 0.
-        taken = chosen_qs.detach()[:, :-1]
-        best = torch.where(batch.mask != 0, max_qs.detach()[:, :-1], taken)
-        arguments = taken, batch.states[:, :-1], batch.actions[:, :-1], best
+        rows = critique.rows
         with part("mixer"):
-            recognition: Recognition = self.networks["recogniser"](*arguments)
-        with torch.no_grad(), part("targets"):
-            if c.weighting == "pow":
-                judge = self.networks["target_recogniser"](*arguments) if c.recogniser_target else recognition
-                potentially_optimal = judge.q_r >= judge.v - c.tolerance
-                weights = weighting.choose(c, potentially_optimal, q_tot)
-            else:
-                weights = self._weights(q_tot, critique)
-        terms = self._weighted(batch, critique, q_tot, weights)
+            taken, best = rows.take(chosen_qs.detach()), rows.take(max_qs.detach())
+            # Padded steps have no available action and so no largest utility; their advantages are 0.
+            arguments = taken, critique.states, rows.take(batch.actions), torch.where(best == UNAVAILABLE, taken, best)
+            recognition = self._recognise("recogniser", rows, *arguments)
+            judge = recognition
+            if c.recogniser_target:
+                judge = self._recognise("target_recogniser", rows, *arguments)
+        favoured = Favoured("recognised", None, judge.q_r, judge.v, c.tolerance, high=c.w_high, low=c.w)
+        terms = self._weighted(batch, critique, favoured if c.weighting == "pow" else self._favoured(critique))
         with part("loss"):
             loss = td_loss(
                 recognition.q_r, critique.targets, batch.mask, weights=batch.weights,
@@ -80,6 +78,10 @@ class POWQMIX(WeightedQMIX):
         return terms | {
             "loss": terms["loss"] + loss, "recogniser_loss": loss, "q_r": recognition.q_r, "v_r": recognition.v,
         }  # fmt: skip
+
+    def _recognise(self, name: str, rows: Rows, *arguments: Tensor) -> Recognition:
+        recognition: Recognition = self.networks[name](*arguments)
+        return Recognition(*map(rows.put, recognition))
 
     @torch.inference_mode()
     def joint_values(

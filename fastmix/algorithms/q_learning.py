@@ -12,6 +12,7 @@ from fastmix.algorithms import weighting
 from fastmix.algorithms.base import Algorithm
 from fastmix.algorithms.batch import EpisodeBatch
 from fastmix.algorithms.config import AlgorithmConfig
+from fastmix.algorithms.rows import Rows
 from fastmix.mixers import ActionMixer, JointValue
 from fastmix.ops import select, td_loss
 from fastmix.ops._checks import check_choice
@@ -43,32 +44,32 @@ class QLearning(Algorithm):
         """See `Algorithm.losses`.
 
         Also ``target_q_tot [B, T + 1, K]``, ``greedy_actions [B, T + 1, A]``, ``rewards [B, T, 1]`` as used, and
-        ``weights``.
+        with a weighting ``weights [B, T, 1]``.
         """
         c = self.config
         with part("unrolls"):
-            online, target = self._unroll(batch.obs, batch.last_actions, "agent", "target_agent")
+            online, target = self._unroll(
+                batch.obs, batch.last_actions, "agent", "target_agent", lengths=self._lengths(batch)
+            )
         with part("select"):
             chosen = select(online.q, batch.avail_actions, actions=batch.actions, target_qs=target.q)
             assert chosen.chosen_qs is not None and chosen.all_greedy is not None
-            taken, best = chosen.chosen_qs[:, :-1], chosen.greedy_qs.detach()[:, :-1]
-        value = self._joint("mixer", taken, batch.states[:, :-1], batch.actions[:, :-1], best)
+        rows = self._rows(batch)
+        value = self._joint("mixer", rows, chosen.chosen_qs, batch.states, batch.actions, chosen.greedy_qs.detach())
         q_tot = value.q_tot
 
         with torch.no_grad(), part("targets"):
             target_q_tot = self._bootstrap(batch, target.q, chosen)
             behaviour = self._behaviour(batch, target.q) if c.targets == "q_lambda" else None
             rewards, targets = self._returns(batch, target_q_tot, behaviour)
-            weights, scale = batch.weights, c.loss_scale
-            if c.weighting == "none":
-                scale *= c.w_high
-            else:
-                all_greedy = chosen.all_greedy[:, :-1].unsqueeze(-1)
-                weights = weighting.weights(c, q_tot, targets, target_q_tot[:, :-1], all_greedy)
-                weights = weighting.times(weights, batch.weights)
 
+        favoured, scale = None, c.loss_scale
+        if c.weighting == "none":
+            scale *= c.w_high
+        else:
+            favoured = weighting.favoured(c, target_q_tot[:, :-1], chosen.all_greedy[:, :-1].unsqueeze(-1))
         with part("loss"):
-            td = td_loss(q_tot, targets, batch.mask, weights=weights, scale=scale)
+            td = td_loss(q_tot, targets, batch.mask, weights=batch.weights, favoured=favoured, scale=scale)
         terms = {
             "loss": td.loss, "td_error": td.td_error, "q_tot": q_tot, "targets": targets, "rewards": rewards,
             "target_q_tot": target_q_tot, "greedy_actions": chosen.greedy_actions,
@@ -76,7 +77,7 @@ class QLearning(Algorithm):
         if value.logit_squares is not None:
             terms["attend_mag_regs"] = self._regulariser(value.logit_squares, batch.mask)
             terms["loss"] = td.loss + terms["attend_mag_regs"]
-        return terms if weights is None else terms | {"weights": weights}
+        return terms if td.factors is None else terms | {"weights": td.factors}
 
     @torch.inference_mode()
     def joint_values(
@@ -85,18 +86,39 @@ class QLearning(Algorithm):
         """See `Algorithm.joint_values`: ``Q_tot``, or the sum of utilities without a mixer."""
         taken = select(self._unroll(obs, last_actions, "agent")[0].q, avail_actions, actions=actions)
         assert taken.chosen_qs is not None
-        value = self._joint("mixer", taken.chosen_qs, states, actions, taken.greedy_qs).q_tot
+        value = self._joint("mixer", None, taken.chosen_qs, states, actions, taken.greedy_qs).q_tot
         return {"Q_tot": value} if "mixer" in self.networks else {"sum Q_i": value.sum(-1, keepdim=True)}
 
-    def _joint(self, name: str, agent_qs: Tensor, states: Tensor, actions: Tensor, max_qs: Tensor) -> JointValue:
-        """What the mixer ``name`` makes of utilities ``[B, T, A]``; themselves where there is no mixer."""
+    def _joint(
+        self, name: str, rows: Rows | None, agent_qs: Tensor, states: Tensor, actions: Tensor, max_qs: Tensor
+    ) -> JointValue:
+        """What the mixer ``name`` makes of utilities ``[B, T + 1, A]`` in ``rows``, None for all steps.
+
+        Without a mixer these are the utilities themselves.
+        """
         mixer = self.networks.get(name)
         with part("mixer"):
+            if rows is not None:
+                agent_qs = rows.take(agent_qs)
             if mixer is None:
                 return JointValue(agent_qs)
+            if rows is not None:
+                states = rows.take(states)
             if isinstance(mixer, ActionMixer):
-                return mixer.joint(agent_qs, states, actions, max_qs)
-            return JointValue(mixer(agent_qs, states))
+                if rows is not None:
+                    actions, max_qs = rows.take(actions), rows.take(max_qs)
+                value = mixer.joint(agent_qs, states, actions, max_qs)
+            else:
+                value = JointValue(mixer(agent_qs, states))
+            if rows is None:
+                return value
+            q_tot, *others = value
+            return JointValue(rows.put(q_tot), *(None if of is None else rows.put(of) for of in others))
+
+    def _rows(self, batch: EpisodeBatch, *, bootstrap: bool = False) -> Rows:
+        """What the mixer is asked for. Released code also regularises by padded steps, and utilities are no rows."""
+        everything = self.config.compat == "released" or self.config.mixer in ("none", "vdn")
+        return Rows(batch, bootstrap=bootstrap, everything=everything)
 
     def _bootstrap(self, batch: EpisodeBatch, target_qs: Tensor, chosen: Selection) -> Tensor:
         """``[B, T + 1, K]``: the target networks' value of the greedy joint actions."""
@@ -106,13 +128,15 @@ class QLearning(Algorithm):
         else:
             best = select(target_qs, batch.avail_actions)
             qs, actions = best.greedy_qs, best.greedy_actions
-        return self._joint("target_mixer", qs, batch.states, actions, qs).q_tot
+        return self._joint("target_mixer", self._rows(batch, bootstrap=True), qs, batch.states, actions, qs).q_tot
 
     def _behaviour(self, batch: EpisodeBatch, target_qs: Tensor) -> Tensor:
         """``[B, T + 1, K]``: the target networks' value of the joint actions taken."""
         taken = select(target_qs, batch.avail_actions, actions=batch.actions)
         assert taken.chosen_qs is not None
-        return self._joint("target_mixer", taken.chosen_qs, batch.states, batch.actions, taken.greedy_qs).q_tot
+        qs, best = taken.chosen_qs, taken.greedy_qs
+        rows = self._rows(batch, bootstrap=True)
+        return self._joint("target_mixer", rows, qs, batch.states, batch.actions, best).q_tot
 
     def _regulariser(self, logit_squares: Tensor, mask: Tensor) -> Tensor:
         """Mean of squared logits ``[B, T, H]``, summed over heads, times a coefficient; PyMARL counts padded steps."""

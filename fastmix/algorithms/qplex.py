@@ -37,4 +37,5 @@ class QPLEX(QLearning):
         if self.config.double_q:
             assert chosen.target_qs is not None
             qs, actions = chosen.target_qs, chosen.greedy_actions
-        return self._joint("target_mixer", qs, batch.states, actions, best.greedy_qs).q_tot
+        rows = self._rows(batch, bootstrap=True)
+        return self._joint("target_mixer", rows, qs, batch.states, actions, best.greedy_qs).q_tot

@@ -49,8 +49,9 @@ class QTRAN(Algorithm):
         assert isinstance(net, QTranBase) and isinstance(target_net, QTranBase)
         with part("unrolls"):
             online, target = self._unroll(
-                batch.obs, batch.last_actions, "agent", "target_agent", return_hidden_states=True
-            )
+                batch.obs, batch.last_actions, "agent", "target_agent", return_hidden_states=True,
+                lengths=self._lengths(batch),
+            )  # fmt: skip
             hidden, target_hidden = self._hidden_states(online, mask), self._hidden_states(target, mask)
         with part("select"):
             chosen = select(online.q, batch.avail_actions, actions=batch.actions)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor, nn
 
 from fastmix._parts import part
 from fastmix.algorithms.batch import EpisodeBatch
-from fastmix.algorithms.central import CentralCritic, Critique, at_actions
+from fastmix.algorithms.central import CentralCritic, at_actions
 from fastmix.mixers import QMixerCentralFF
 from fastmix.ops import select, td_loss
+from fastmix.ops.td_loss import Favoured
+
+MASKS: Final = {"max_action": "greedy", "max_larger": "greedy_or_above", "hysteretic": "not_below"}
+"""``condition`` -> the rule of `fastmix.ops.td_loss` by which ``w_r`` is 0"""
 
 
 class ResQ(CentralCritic):
@@ -47,22 +51,24 @@ class ResQ(CentralCritic):
         """See `Algorithm.losses`. Also ``q_res [B, T, 1]`` and the mask ``w_r``, the losses and what they are of."""
         c = self.config
         critique = self._criticise(batch, "residual_agent")
-        (residual,), states = critique.others, batch.states[:, :-1]
+        (residual,), rows = critique.others, critique.rows
         assert critique.utilities.chosen_qs is not None
-        residual_qs = at_actions(residual.q[:, :-1], batch.actions[:, :-1])
+        with part("select"):
+            residual_qs = at_actions(residual.q, batch.actions)
         with part("mixer"):
-            q_tot = self.networks["mixer"](critique.utilities.chosen_qs[:, :-1], states)
-            q_res = self._residual(residual_qs, states)
+            q_tot = rows.put(self.networks["mixer"](rows.take(critique.utilities.chosen_qs), critique.states))
+            q_res = rows.put(self._residual(rows.take(residual_qs), critique.states))
         with part("loss"):
-            masked = self._masked(q_tot, critique)
-            w_r = masked.logical_not().to(q_tot.dtype)
+            masked = None
+            if c.condition in MASKS:
+                masked = Favoured(MASKS[c.condition], critique.all_greedy, critique.greedy_values[:, :-1])
             td = td_loss(
-                q_tot, critique.targets, batch.mask, residual=q_res.masked_fill(masked, 0), weights=batch.weights,
+                q_tot, critique.targets, batch.mask, residual=q_res, favoured=masked, weights=batch.weights,
                 scale=c.loss_scale * c.w_high,
             )  # fmt: skip
             terms = critique.terms | {
                 "loss": td.loss + critique.loss, "qmix_loss": td.loss, "td_error": td.td_error, "q_tot": q_tot,
-                "q_res": q_res, "w_r": w_r,
+                "q_res": q_res, "w_r": torch.ones_like(q_tot) if td.factors is None else td.factors,
             }  # fmt: skip
             if not c.residual_negative_abs:
                 above = q_res.clamp(min=0)
@@ -81,17 +87,6 @@ class ResQ(CentralCritic):
         q_res: Tensor = mixer(residual_qs, states)
         hard = self.config.residual_negative_abs and self.config.compat == "paper"
         return -q_res.abs() if hard else q_res
-
-    def _masked(self, q_tot: Tensor, critique: Critique) -> Tensor:
-        """``[B, T, 1]`` bool: where ``w_r`` is 0."""
-        condition, targets = self.config.condition, critique.targets
-        if condition == "none":
-            return torch.zeros_like(critique.all_greedy)
-        if condition == "hysteretic":
-            return q_tot.detach() >= targets
-        if condition == "max_larger":
-            return critique.all_greedy | (targets > critique.greedy_values[:, :-1])
-        return critique.all_greedy
 
     @torch.inference_mode()
     def joint_values(

@@ -14,6 +14,7 @@ from fastmix.algorithms.central import CentralCritic, Critique
 from fastmix.algorithms.config import AlgorithmConfig
 from fastmix.ops import select, td_loss
 from fastmix.ops._checks import check_choice
+from fastmix.ops.td_loss import Favoured
 
 
 class WeightedQMIX(CentralCritic):
@@ -37,30 +38,23 @@ class WeightedQMIX(CentralCritic):
     def losses(self, batch: EpisodeBatch) -> dict[str, Tensor]:
         """See `Algorithm.losses`. Also ``weights``, the partial losses and what they are made of."""
         critique = self._criticise(batch)
-        q_tot = self._q_tot(batch, critique)
-        weights = self._weights(q_tot, critique)
-        return self._weighted(batch, critique, q_tot, weights)
+        return self._weighted(batch, critique, self._favoured(critique))
 
-    def _q_tot(self, batch: EpisodeBatch, critique: Critique) -> Tensor:
+    def _favoured(self, critique: Critique) -> Favoured:
+        return weighting.favoured(self.config, critique.greedy_values[:, :-1], critique.all_greedy)
+
+    def _weighted(self, batch: EpisodeBatch, critique: Critique, favoured: Favoured) -> dict[str, Tensor]:
+        """The loss of ``Q_tot`` and of the critic, and all terms so far."""
         assert critique.utilities.chosen_qs is not None
         with part("mixer"):
-            q_tot: Tensor = self.networks["mixer"](critique.utilities.chosen_qs[:, :-1], batch.states[:, :-1])
-        return q_tot
-
-    def _weights(self, q_tot: Tensor, critique: Critique) -> Tensor:
-        with torch.no_grad(), part("targets"):
-            return weighting.weights(
-                self.config, q_tot, critique.targets, critique.greedy_values[:, :-1], critique.all_greedy
-            )
-
-    def _weighted(self, batch: EpisodeBatch, critique: Critique, q_tot: Tensor, weights: Tensor) -> dict[str, Tensor]:
-        """The loss of ``Q_tot`` and of the critic, and all terms so far."""
+            rows = critique.rows
+            q_tot = rows.put(self.networks["mixer"](rows.take(critique.utilities.chosen_qs), critique.states))
         with part("loss"):
-            all_weights = weighting.times(weights, batch.weights)
-            td = td_loss(q_tot, critique.targets, batch.mask, weights=all_weights)
+            td = td_loss(q_tot, critique.targets, batch.mask, weights=batch.weights, favoured=favoured)
+        assert td.factors is not None
         return critique.terms | {
             "loss": td.loss + critique.loss, "qmix_loss": td.loss, "td_error": td.td_error, "q_tot": q_tot,
-            "weights": weights,
+            "weights": td.factors,
         }  # fmt: skip
 
     @torch.inference_mode()

@@ -148,11 +148,12 @@ def public_step(algo: Algorithm, batch: EpisodeBatch) -> Function:
     """
     learner = steps.public_learner(algo, algo.scheme)
     # What each method of the public learner is a part of; the loss is what no other part claims of its method.
-    methods = {"_unroll": "unrolls", "_mixer": "mixer", "_target_mixer": "mixer", "_targets": "targets"}
-    for name, part_name in (methods | {"loss": "loss", "_update": "optimiser"}).items():
-        method = getattr(learner, name)
-        if method is not None:
-            setattr(learner, name, _named(part_name, method))
+    methods = {"_unroll": "unrolls", "_targets": "targets", "_returns": "targets", "_update": "optimiser"}
+    for name, part_name in (methods | {"loss": "loss"}).items():
+        setattr(learner, name, _named(part_name, getattr(learner, name)))
+    for name, call in learner.calls.items():
+        if not name.endswith("agent"):
+            learner.calls[name] = _named("mixer", call)
     episodes = steps.public_batch(batch, algo.scheme.n_actions)
     return lambda: learner.step(episodes)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastmix.algorithms import REGISTRY, Algorithm, EpisodeBatch, Scheme, base, make, weighting
 from fastmix.mixers import Recogniser
+from fastmix.ops import td_loss
 from fastmix.ops.recurrent import RecurrentOutput
 from tests.generators import Shape, episodes
 
@@ -149,7 +150,10 @@ def weights_of(kind: str, q_tot: float, target: float, greedy_value: float, gree
     config = make("qmix", SCHEME, weighting="cw", w_high=5.0, w=0.1).config
     config = type(config)(**{**config.__dict__, "weighting": kind})
     values, targets, greedy_values = torch.tensor([q_tot, target, greedy_value]).double().view(3, 1, 1, 1)
-    return weighting.weights(config, values, targets, greedy_values, torch.full((1, 1, 1), greedy)).item()
+    favoured = weighting.favoured(config, greedy_values, torch.full((1, 1, 1), greedy))
+    factors = td_loss(values, targets, torch.ones(1, 1, 1), favoured=favoured).factors
+    assert factors is not None
+    return factors.item()
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from fastmix.ops.duplex import PARTS, DuplexParams, ImportanceParams
 from fastmix.ops.monotonic import POSITIVITIES, MonotonicParams
 from fastmix.ops.recurrent import RecurrentParams
 from fastmix.ops.returns import KINDS
+from fastmix.ops.td_loss import Favoured
+from fastmix.ops.td_loss.types import RULES
 from fastmix.testing import assert_close, poisoned_allocations
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -210,7 +212,7 @@ def recurrent(draw: Draw) -> None:
 
 
 def td_loss(draw: Draw) -> None:
-    """Weights, residual, normaliser; masked steps may hold NaN or infinity."""
+    """Weights, residual, favoured steps, normaliser; masked steps may hold NaN or infinity."""
     episodes, steps, width = draw.size("episodes", 9), draw.size("steps", 40), draw.size("width", 9)
     mask, _ = draw.live(episodes, steps)
     mask[0, 0] = 1  # the mean over nothing is not a number
@@ -226,18 +228,55 @@ def td_loss(draw: Draw) -> None:
     normaliser = draw.tensor().abs() + 1 if draw.flag("normaliser") else None
     wide_mask = mask.expand(-1, -1, width) if draw.flag("wide_mask") else mask
     weighted, scale = draw.flag("weighted"), draw.choice("scale", [1.0, 0.5])
+    favoured = None
+    if draw.flag("favoured"):
+        columns = draw.choice("favoured_width", [1, width])
+        greedy, values, thresholds = (draw.tensor(episodes, steps, columns) for _ in range(3))
+        favoured = Favoured(draw.choice("rule", RULES), greedy > 0, values, thresholds, 0.3, 5.0, 0.1)
 
     def run(backend: str) -> Any:
         return ops.td_loss(
-            qs, targets, wide_mask, weights=weights if weighted else None, residual=residual, scale=scale,
-            normaliser=normaliser, backend=backend,
+            qs, targets, wide_mask, weights=weights if weighted else None, residual=residual,
+            favoured=favoured, scale=scale, normaliser=normaliser, backend=backend,
         )  # fmt: skip
 
     _compare(draw, [qs, *([] if residual is None else [residual])], run)
 
 
+def quantile(draw: Draw) -> None:
+    """The loss with any kappa, weights and broadcast fractions; the split of agents' distributions; fractions."""
+    episodes, steps, groups = draw.size("episodes", 9), draw.size("steps", 20), draw.size("groups", 4)
+    n, n_targets = draw.size("quantiles", 40), draw.size("targets", 40)
+    mask, _ = draw.live(episodes, steps)
+    mask[0, 0] = 1
+    theta = draw.tensor(episodes, steps, groups, n).clone()
+    targets = draw.tensor(episodes, steps, draw.choice("target_groups", [1, groups]), n_targets)
+    if draw.flag("poisoned_padding"):
+        poison = draw.choice("poison", [float("nan"), float("inf")])
+        theta, targets = (torch.where(mask.unsqueeze(-1) != 0, tensor, poison) for tensor in (theta, targets))
+    theta.requires_grad_()
+    taus = torch.sigmoid(draw.tensor(*draw.choice("fractions", [(n,), (steps, 1, n), (episodes, steps, groups, n)])))
+    weights = draw.tensor(*draw.choice("weights", [(groups,), (episodes, 1, 1), (episodes, steps, groups)])).abs()
+    weighted, kappa = draw.flag("weighted"), draw.choice("kappa", [1.0, 0.0, 0.1, 3.0])
+    wide_mask = mask.expand(-1, -1, groups) if draw.flag("wide_mask") else mask
+    normaliser = draw.tensor().abs() + 1 if draw.flag("normaliser") else None
+    agents = draw.tensor(*[draw.size(f"dim{i}", 7, 0) for i in range(draw.size("dims", 3, 0))], groups, n, grad=True)
+    key, stream = draw.integers(-(2**62), 2**62, 2), draw.size("stream", 99, 0)
+
+    def run(backend: str) -> Any:
+        loss = ops.quantile_loss(
+            theta, targets, taus, wide_mask, kappa=kappa, weights=weights if weighted else None, normaliser=normaliser,
+            backend=backend,
+        )  # fmt: skip
+        drawn = ops.fractions((steps, n), key, stream=stream, dtype=draw.dtype, backend=backend)
+        return [*loss, *ops.mean_shape(agents, backend=backend), drawn]
+
+    _compare(draw, [theta, agents], run)
+
+
 PROBLEMS: dict[str, Callable[[Draw], None]] = {
-    problem.__name__: problem for problem in (select, returns, monotonic, duplex, importance, recurrent, td_loss)
+    problem.__name__: problem
+    for problem in (select, returns, monotonic, duplex, importance, recurrent, td_loss, quantile)
 }
 
 

@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 
 from fastmix import backends
-from fastmix.ops import duplex, importance, monotonic, recurrent, returns, select, td_loss
+from fastmix.ops import (
+    duplex,
+    fractions,
+    importance,
+    mean_shape,
+    monotonic,
+    quantile_loss,
+    recurrent,
+    returns,
+    select,
+    td_loss,
+)
+from fastmix.ops.td_loss import Favoured
 from fastmix.testing import assert_close, poisoned_allocations
 from tests.generators import Shape, duplex_params, episodes, joint_actions, monotonic_params, recurrent_params
 from tests.ops.support import gradients, leaves
@@ -36,9 +48,18 @@ def run_returns(backend: str) -> tuple[list[Tensor], list[Tensor]]:
 
 def run_td_loss(backend: str) -> tuple[list[Tensor], list[Tensor]]:
     inputs = [torch.randn(4, 7, 3, requires_grad=True) for _ in range(2)]
-    return list(
-        td_loss(inputs[0], torch.randn(4, 7, 1), episodes(SHAPE, 4, 7).mask, residual=inputs[1], backend=backend)
-    ), inputs
+    loss = td_loss(
+        inputs[0], torch.randn(4, 7, 1), episodes(SHAPE, 4, 7).mask, residual=inputs[1], favoured=Favoured("below"),
+        backend=backend,
+    )  # fmt: skip
+    return [o for o in loss if o is not None], inputs
+
+
+def run_quantile(backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    inputs = [torch.randn(4, 7, 3, 9, requires_grad=True) for _ in range(2)]
+    drawn = fractions((4, 7, 1, 9), torch.tensor([1, 2]), backend=backend)
+    loss = quantile_loss(inputs[0], torch.randn(4, 7, 1, 5), drawn, episodes(SHAPE, 4, 7).mask, backend=backend)
+    return [*loss, *mean_shape(inputs[1], backend=backend), drawn], inputs
 
 
 def run_monotonic(backend: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -69,7 +90,7 @@ def run_importance(backend: str) -> tuple[list[Tensor], list[Tensor]]:
 
 
 OPS: dict[str, Callable[[str], tuple[list[Tensor], list[Tensor]]]] = {
-    "select": run_select, "returns": run_returns, "td_loss": run_td_loss,
+    "select": run_select, "returns": run_returns, "td_loss": run_td_loss, "quantile": run_quantile,
     "monotonic": run_monotonic, "recurrent": run_recurrent, "duplex": run_duplex, "importance": run_importance,
 }  # fmt: skip
 

@@ -74,7 +74,9 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
     return Inputs(obs, network, hidden if case.start else None, actions if case.actions else None)
 
 
-def run(inputs: Inputs, case: Case, backend: str, states: bool = True) -> RecurrentOutput:
+def run(
+    inputs: Inputs, case: Case, backend: str, states: bool = True, lengths: Tensor | None = None
+) -> RecurrentOutput:
     return recurrent(
         inputs.obs,
         [inputs.network],
@@ -82,6 +84,7 @@ def run(inputs: Inputs, case: Case, backend: str, states: bool = True) -> Recurr
         last_actions=inputs.last_actions,
         agent_ids=case.ids,
         return_hidden_states=states,
+        lengths=lengths,
         backend=backend,
     )[0]
 
@@ -111,6 +114,56 @@ def test_matches_reference(name: str, dtype: torch.dtype, threads: int) -> None:
     compare(present(actual), present(expected), TOLERANCE[dtype], "output")
     grads = [gradients(present(out), leaves(inputs)) for out in (actual, expected)]
     compare(grads[0], grads[1], TOLERANCE[dtype], "gradient")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_steps_that_are_wanted_match_reference(name: str, dtype: torch.dtype, threads: int) -> None:
+    torch.set_num_threads(threads)
+    case = CASES[name]
+    inputs = make(case, dtype)
+    lengths = torch.randint(case.steps + 1, (case.episodes,), generator=torch.Generator().manual_seed(3))
+    wanted = (torch.arange(case.steps) < lengths.unsqueeze(-1))[..., None, None]
+    results = []
+    for backend, given in (("native", lengths), ("reference", None)):
+        out = run(inputs, case, backend, lengths=given)
+        assert all(tensor.isfinite().all() for tensor in present(out))
+        assert out.hidden_states is not None
+        read = [torch.where(wanted, out.q, 0), torch.where(wanted, out.hidden_states, 0)]
+        read.append(out.hidden[lengths == case.steps])
+        results.append((read, gradients(read, leaves(inputs))))
+    compare(results[0][0], results[1][0], TOLERANCE[dtype], "output")
+    compare(results[0][1], results[1][1], TOLERANCE[dtype], "gradient")
+
+
+def test_steps_that_no_episode_has_are_not_computed() -> None:
+    case = Case(7, 9, 5, start=False, norm=True)
+    inputs = make(case, torch.float32)
+    lengths = torch.tensor([1, 6, 0, 4, 6, 2, 3])
+    with torch.no_grad():
+        inputs.obs[:, 6:] = torch.nan
+    out = run(inputs, case, "native", lengths=lengths)
+    assert (out.q[:, 6:] == 0).all() and out.q.isfinite().all() and out.hidden.isfinite().all()
+    grads = torch.autograd.grad(out.q[:, :6].sum(), leaves(inputs))
+    assert all(grad.isfinite().all() for grad in grads)
+    assert (grads[0][:, 6:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "message"),
+    [
+        (torch.tensor([1, 8, 0]), ValueError, r"lengths must lie in \[0, 7\], got 8 at \[1\]"),
+        (torch.tensor([1, 7, -1]), ValueError, r"lengths must lie in \[0, 7\], got -1 at \[2\]"),
+        (torch.tensor([1, 2]), ValueError, r"lengths must have shape \[B\] = \(3\), got \(2,\)"),
+        (torch.tensor([1.0, 2.0, 3.0]), TypeError, "lengths must have dtype torch.int64"),
+        ([1, 2, 3], TypeError, "lengths must be a torch.Tensor"),
+    ],
+)
+def test_lengths_that_cannot_be(lengths: Any, error: type[Exception], message: str) -> None:
+    case = Case()
+    with pytest.raises(error, match=message):
+        run(make(case, torch.float32), case, "native", lengths=lengths)
 
 
 @pytest.mark.parametrize("wanted", ["q", "hidden", "hidden_states"])

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastmix.ops import td_loss
-from fastmix.ops.td_loss import TDLoss, native
+from fastmix.ops.td_loss import Favoured, TDLoss, native
+from fastmix.ops.td_loss.types import RULES
 from fastmix.testing import assert_close
 from tests.cuda import emulate
 from tests.cuda.device import captured, late, needs_gpu, no_waiting
@@ -32,6 +33,11 @@ class Problem:
         if wide:
             self.mask = self.mask * (torch.rand(B, T, K) < 0.8)
         self.weights = torch.rand(B, T, K, dtype=dtype)
+        self.all_greedy = torch.rand(B, T, K if wide else 1) < 0.5
+        self.values, self.thresholds = torch.randn(2, B, T, K if wide else 1, dtype=dtype)
+
+    def favoured(self, rule: str, **changes: Any) -> Favoured:
+        return Favoured(rule, self.all_greedy, self.values, self.thresholds, 0.3, 5.0, 0.1)._replace(**changes)
 
     def run(self, backend: str, **changes: Any) -> TDLoss:
         args: dict[str, Any] = {"qs": self.qs, "targets": self.targets, "mask": self.mask} | changes
@@ -44,6 +50,11 @@ def assert_parity(problem: Problem, **changes: Any) -> None:
     assert_close(ours.loss, expected.loss, tolerance, name="loss")
     assert_close(ours.td_error, expected.td_error, tolerance, name="td_error")
     assert not ours.td_error.requires_grad
+    if expected.factors is None:
+        assert ours.factors is None
+    else:
+        assert ours.factors is not None and not ours.factors.requires_grad
+        assert_close(ours.factors, expected.factors, 0.0, name="factors")
     inputs = [changes.get("qs", problem.qs)] + ([changes["residual"]] if "residual" in changes else [])
     for i, (grad, wanted) in enumerate(
         zip(gradients(ours.loss, inputs), gradients(expected.loss, inputs), strict=True)
@@ -60,6 +71,88 @@ def test_parity_over_columns(K: int, wide: bool, dtype: torch.dtype) -> None:
         for residual in ({}, {"residual": problem.residual}):
             for normaliser in (None, 13.0, torch.tensor(7.0)):
                 assert_parity(problem, weights=weights, normaliser=normaliser, scale=0.5, **residual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("K", [1, 3])
+@pytest.mark.parametrize("rule", RULES)
+def test_parity_over_rules(rule: str, K: int, wide: bool, dtype: torch.dtype) -> None:
+    problem = Problem(7, 61, K, dtype, wide)
+    favoured = problem.favoured(rule)
+    for weights in (None, problem.weights):
+        for residual in ({}, {"residual": problem.residual}):
+            assert_parity(problem, weights=weights, favoured=favoured, scale=0.5, **residual)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_over_strides(rule: str) -> None:
+    whole, problem = Problem(5, 8, 3, wide=True), Problem(5, 7, 3)
+    favoured = problem.favoured(
+        rule, all_greedy=whole.all_greedy[:, :-1], values=whole.values[:, 1:],
+        thresholds=torch.ones(1).expand(5, 7, 1),
+    )  # fmt: skip
+    assert_parity(problem, favoured=favoured)
+    assert_parity(problem, favoured=favoured, residual=whole.residual[:, :-1])
+
+
+RULE_CASES = [
+    # greedy, q_tot, target, value, threshold, favoured
+    ("greedy", True, 0.0, 9.0, 9.0, 0.0, True),
+    ("greedy", False, 0.0, 9.0, 1.0, 0.0, False),
+    ("greedy_or_above", True, 0.0, 1.0, 2.0, 0.0, True),
+    ("greedy_or_above", False, 0.0, 2.0, 1.0, 0.0, True),
+    ("greedy_or_above", False, 0.0, 2.0, 2.0, 0.0, False),  # strictly above
+    ("below", True, 1.0, 2.0, 0.0, 0.0, True),
+    ("below", True, 2.0, 2.0, 0.0, 0.0, False),  # strictly below
+    ("not_below", False, 2.0, 2.0, 0.0, 0.0, True),
+    ("not_below", False, 1.0, 2.0, 0.0, 0.0, False),
+    ("recognised", False, 0.0, 9.0, 1.5, 2.0, True),  # within the tolerance of 0.5, which is included
+    ("recognised", True, 0.0, 9.0, 1.25, 2.0, False),
+]
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize(("rule", "greedy", "q", "target", "value", "threshold", "favoured"), RULE_CASES)
+def test_rules_are_what_they_say(
+    rule: str, greedy: bool, q: float, target: float, value: float, threshold: float, favoured: bool, backend: str
+) -> None:
+    def of(number: float) -> Tensor:
+        return torch.full((1, 1, 1), number)
+
+    qs, residual = of(q).requires_grad_(), of(-3.0).requires_grad_()
+    decided = Favoured(rule, torch.full((1, 1, 1), greedy), of(value), of(threshold), 0.5, high=5.0, low=0.25)
+    weighted = td_loss(qs, of(target), of(1.0), favoured=decided, backend=backend)
+    assert weighted.loss.item() == (5.0 if favoured else 0.25) * (q - target) ** 2
+    assert weighted.td_error.item() == q - target  # the error itself is not weighed
+    masked = td_loss(qs, of(target), of(1.0), residual=residual, favoured=decided, backend=backend)
+    assert masked.loss.item() == (q - target - (0.0 if favoured else 3.0)) ** 2
+    assert masked.factors is not None and masked.factors.item() == (0.0 if favoured else 1.0)
+    wanted = [2 * masked.td_error.item(), 0.0 if favoured else 2 * masked.td_error.item()]
+    assert [grad.item() for grad in torch.autograd.grad(masked.loss, [qs, residual])] == wanted
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_residual_that_is_left_out_may_be_anything(backend: str) -> None:
+    problem = Problem(6, 9)
+    problem.mask.fill_(1)
+    spoilt = torch.where(problem.all_greedy, torch.inf, problem.residual.detach()).requires_grad_()
+    inputs = problem.residual, spoilt
+    results = [problem.run(backend, residual=r, favoured=problem.favoured("greedy")) for r in inputs]
+    assert_close(results[1].loss, results[0].loss, 0.0)
+    grads = [torch.autograd.grad(result.loss, r)[0] for result, r in zip(results, inputs, strict=True)]
+    assert_close(grads[1], grads[0], 0.0)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_what_decides_has_no_gradient(backend: str) -> None:
+    problem = Problem(4, 5)
+    values = problem.values.requires_grad_()
+    result = problem.run(backend, favoured=problem.favoured("recognised", values=values))
+    (grad,) = torch.autograd.grad(result.loss, values, allow_unused=True)
+    assert grad is None
+    alone = problem.run(backend, qs=problem.qs.detach(), favoured=problem.favoured("recognised", values=values))
+    assert not alone.loss.requires_grad
 
 
 @pytest.mark.parametrize(("B", "T"), [(0, 5), (5, 0), (1, 1), (1, 255), (1, 256), (1, 257), (33, 17), (300, 300)])
@@ -183,6 +276,20 @@ def test_gradient_scales_with_the_loss() -> None:
         ({"residual": torch.zeros(5, 7, 1)}, ValueError, "residual must have shape"),
         ({"residual": torch.zeros(5, 7, 2, dtype=torch.float64)}, TypeError, "residual must have the dtype"),
         ({"normaliser": torch.zeros(2)}, ValueError, "normaliser must be a number"),
+        ({"favoured": Favoured("best")}, ValueError, "favoured.rule must be one of 'greedy'"),
+        ({"favoured": Favoured("greedy")}, TypeError, "favoured.all_greedy must be a torch.Tensor"),
+        ({"favoured": Favoured("greedy", torch.zeros(5, 7, 1))}, TypeError, "favoured.all_greedy must have dtype"),
+        ({"favoured": Favoured("greedy", torch.zeros(5, 7) > 0)}, ValueError, "favoured.all_greedy must have shape"),
+        (
+            {"favoured": Favoured("recognised", None, torch.zeros(5, 7, 1))},
+            TypeError,
+            "favoured.thresholds must be a torch.Tensor",
+        ),
+        (
+            {"favoured": Favoured("recognised", None, torch.zeros(5, 7, 1), torch.zeros(5, 7, 1).double())},
+            TypeError,
+            "favoured.thresholds must have the dtype",
+        ),
     ],
 )
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -206,17 +313,29 @@ def test_gradcheck() -> None:
         lambda qs, residual: problem.run("native", qs=qs, residual=residual, weights=problem.weights).loss,
         (problem.qs, problem.residual),
     )
+    assert torch.autograd.gradcheck(
+        lambda qs, residual: (
+            problem.run("native", qs=qs, residual=residual, favoured=problem.favoured("greedy_or_above")).loss
+        ),
+        (problem.qs, problem.residual),
+    )
+
+
+def opcheck_arguments(p: Problem, kind: str) -> tuple[Any, ...]:
+    """What the registered op is called with: everything, nothing but what it must have, or that without gradient."""
+    if kind != "everything":
+        qs = p.qs if kind == "least" else p.qs.detach()
+        unruled = (None, None, None, None, 0.0, 1.0, 1.0)
+        return (qs, p.targets, p.mask, None, None, *unruled, 1.0, None, kind == "least")
+    normaliser = torch.tensor(3.0, device=p.qs.device)
+    ruled = p.favoured("greedy_or_above", thresholds=None)
+    return (p.qs, p.targets, p.mask, p.weights, p.residual, *ruled, 0.5, normaliser, True)
 
 
 @pytest.mark.traced
-@pytest.mark.parametrize("everything", [True, False])
-def test_opcheck(everything: bool) -> None:
-    p = Problem(3, 4, 2)
-    extras = (p.weights, p.residual, 0.5, torch.tensor(3.0)) if everything else (None, None, 1.0, None)
-    torch.library.opcheck(torch.ops.fastmix.td_loss.default, (p.qs, p.targets, p.mask, *extras, True))
-    torch.library.opcheck(
-        torch.ops.fastmix.td_loss.default, (p.qs.detach(), p.targets, p.mask, None, None, 1.0, None, False)
-    )
+@pytest.mark.parametrize("kind", ["everything", "least", "no gradient"])
+def test_opcheck(kind: str) -> None:
+    torch.library.opcheck(torch.ops.fastmix.td_loss.default, opcheck_arguments(Problem(3, 4, 2), kind))
 
 
 @pytest.mark.traced
@@ -225,7 +344,10 @@ def test_compiles_whole(backend: str) -> None:
     problem = Problem(3, 4, 2)
 
     def step(qs: Tensor, residual: Tensor) -> TDLoss:
-        return problem.run(backend, qs=qs, residual=residual, weights=problem.weights, normaliser=3.0)
+        favoured = problem.favoured("greedy")
+        return problem.run(
+            backend, qs=qs, residual=residual, weights=problem.weights, favoured=favoured, normaliser=3.0
+        )
 
     inputs = [problem.qs, problem.residual]
     ours, expected = fullgraph(step)(*inputs), step(*inputs)
@@ -255,6 +377,18 @@ def test_emulated_cuda_kernels_over_columns(K: int, wide: bool, dtype: torch.dty
         for residual in ({}, {"residual": problem.residual}):
             for normaliser in (None, 13.0, torch.tensor(7.0)):
                 assert_parity(problem, weights=weights, normaliser=normaliser, scale=0.5, **residual)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("rule", RULES)
+def test_emulated_cuda_kernels_over_rules(rule: str) -> None:
+    for K in (1, 3):
+        for wide in (False, True):
+            test_parity_over_rules(rule, K, wide, torch.float32)
+    test_rules_over_strides(rule)
+    for case in RULE_CASES:
+        test_rules_are_what_they_say(*case, backend="native")
+    test_a_residual_that_is_left_out_may_be_anything("native")
 
 
 # A block takes 1,024 elements at a time, and at most 1,024 blocks share them.
@@ -325,6 +459,23 @@ def test_cuda(B: int, T: int, K: int, wide: bool, dtype: torch.dtype) -> None:
 
 
 @needs_gpu
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_cuda_over_rules(rule: str, wide: bool) -> None:
+    here = Problem(33, 170, 3, torch.float32, wide)
+    there = on_gpu(here)
+    for extras in ((), ("residual",)):
+        results = []
+        for p in (there, here):
+            loss = p.run("native", favoured=p.favoured(rule), **{name: getattr(p, name) for name in extras})
+            assert loss.factors is not None
+            inputs = [p.qs] + ([p.residual] if extras else [])
+            results.append([loss.loss, loss.td_error, loss.factors, *torch.autograd.grad(loss.loss, inputs)])
+        for i, (ours, expected) in enumerate(zip(*results, strict=True)):
+            assert_close(ours, expected, TOLERANCE[torch.float32], name=f"{extras} {i}")
+
+
+@needs_gpu
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e38])
 def test_cuda_keeps_padding_out(value: float) -> None:
     problem = on_gpu(Problem(6, 9, 2))
@@ -370,7 +521,7 @@ def test_cuda_graph_replays() -> None:
 
     def step() -> list[Tensor]:
         loss = problem.run("native", residual=problem.residual)
-        return [*loss, *torch.autograd.grad(loss.loss, [problem.qs, problem.residual])]
+        return [loss.loss, loss.td_error, *torch.autograd.grad(loss.loss, [problem.qs, problem.residual])]
 
     graph, results = captured(step)
     with torch.no_grad():
@@ -382,11 +533,10 @@ def test_cuda_graph_replays() -> None:
 
 @needs_gpu
 @pytest.mark.traced
-@pytest.mark.parametrize("everything", [True, False])
-def test_cuda_opcheck(everything: bool) -> None:
+@pytest.mark.parametrize("kind", ["everything", "least"])
+def test_cuda_opcheck(kind: str) -> None:
     p = on_gpu(Problem(3, 4, 2))
-    extras = (p.weights, p.residual, 0.5, torch.tensor(3.0).cuda()) if everything else (None, None, 1.0, None)
-    torch.library.opcheck(torch.ops.fastmix.td_loss.default, (p.qs, p.targets, p.mask, *extras, True))
+    torch.library.opcheck(torch.ops.fastmix.td_loss.default, opcheck_arguments(p, kind))
     one = torch.ones((), device="cuda")
     torch.library.opcheck(torch.ops.fastmix.td_loss_backward.default, (p.qs.detach(), one, one))
 

@@ -20,7 +20,7 @@ import torch
 
 from fastmix.testing.shapes import SHAPES
 
-OPS = ("monotonic", "duplex", "recurrent", "returns", "select", "td_loss")
+OPS = ("monotonic", "duplex", "quantile", "recurrent", "returns", "select", "td_loss")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 BASELINES = ("eager", "compile", "autotune", "whole")
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="bench_command", metavar="WHAT", required=True)
     _add_step(commands.add_parser("step", help="one learner step against the same step the public way"))
     _add_ops(commands.add_parser("ops", help="single operators against plain PyTorch"))
-    _add_table(commands.add_parser("table", help="every speed that fastmix sets a goal for, within about ten minutes"))
+    _add_table(commands.add_parser("table", help="every speed that fastmix sets a goal for, within about 15 minutes"))
     _add_warm(commands.add_parser("warm", help="compile on a CUDA device what the table compiles, without timing it"))
     _add_join(commands.add_parser("join", help="one report of several, written by --json on one machine"))
     _add_env(commands.add_parser("env", help="rollouts and whole training on an environment"))
@@ -305,6 +305,9 @@ def _planned_ops(args: argparse.Namespace) -> Iterator[Any]:
                     yield Planned(partial(cases.acting, shape, rows, setting))
             elif op == "recurrent":
                 yield Planned(partial(cases.recurrent, shape, train, setting, compiled))
+            elif op == "quantile":
+                for n in (8, 32):
+                    yield Planned(partial(cases.quantile, sizes.batch_size, sizes.steps, n, setting, compiled))
             elif op == "returns":
                 yield Planned(partial(cases.returns, sizes.batch_size, sizes.steps, setting))
             elif op == "select":

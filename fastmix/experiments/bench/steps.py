@@ -9,10 +9,17 @@ from functools import partial
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastmix.algorithms import Algorithm, EpisodeBatch, Scheme, make
+from fastmix import mixers
+from fastmix.agents import RNNAgent
+from fastmix.algorithms import Algorithm, AlgorithmConfig, EpisodeBatch, Scheme, make
+from fastmix.algorithms.central import CentralCritic
 from fastmix.algorithms.q_learning import QLearning
+from fastmix.algorithms.qatten import Qatten
+from fastmix.algorithms.qplex import QPLEX
+from fastmix.algorithms.resq import ResQ
+from fastmix.algorithms.weighted_qmix import WeightedQMIX
 from fastmix.experiments.bench import baselines
 from fastmix.experiments.bench.cases import (
     COMPILERS,
@@ -21,7 +28,6 @@ from fastmix.experiments.bench.cases import (
     Setting,
     mixing_params,
     ragged_mask,
-    utility_params,
 )
 from fastmix.experiments.bench.parity import Error, largest
 from fastmix.testing import rms_ratio
@@ -30,7 +36,10 @@ from fastmix.testing.shapes import SHAPES
 from fastmix.train.learner import Delivery, Learner
 
 WHOLE: Final = "whole"
-WITH_BASELINE: Final = ("iql", "vdn", "qmix", "qmix_5")
+WITH_BASELINE: Final = (
+    "iql", "vdn", "qmix", "qmix_5", "qplex", "cw_qmix", "ow_qmix", "cw_qmix_5", "ow_qmix_5", "resq", "resq_mse",
+    "resq_vdn", "resq_vdn_mse", "powqmix", "powqmix_opt",
+)  # fmt: skip
 """Algorithms whose public step is written in `fastmix.baselines`"""
 
 BASELINES: Final = ("eager", *COMPILERS, WHOLE)
@@ -202,20 +211,9 @@ def public_learner(ours: Algorithm, scheme: Scheme) -> Any:
     Raises:
         ValueError: ``ours`` has a setting that the baselines do not know.
     """
-    networks, learner = baselines.load("networks"), baselines.load("learner")
-    config = ours.config
-    public_config = learner.PublicConfig(**_public_settings(ours))
-    n_inputs = scheme.obs_dim + config.obs_last_action * scheme.n_actions + config.obs_agent_id * scheme.n_agents
-    agent = networks.CellAgent(n_inputs, scheme.n_actions, config.rnn_hidden_dim, config.use_layer_norm)
-    mixer = None
-    if public_config.mixer == "vdn":
-        mixer = networks.VDNMixer()
-    elif public_config.mixer == "qmix":
-        sizes = (config.mixing_embed_dim, config.hypernet_layers, config.hypernet_embed)
-        mixer = networks.QMixer(scheme.n_agents, scheme.state_dim, *sizes)
-    device = next(ours.networks["agent"].parameters()).device
-    agent, mixer = agent.to(device), None if mixer is None else mixer.to(device)
-    built = learner.PublicLearner(public_config, agent, mixer)
+    learner, settings = _public_form(ours)
+    config = baselines.load("learner").PublicConfig(**settings)
+    built = learner(config, {name: _public_network(ours.networks[name], ours.config, scheme) for name in ours.online})
     with torch.no_grad():
         for mine, public in parameter_pairs(ours, built):
             public.copy_(mine)
@@ -224,18 +222,16 @@ def public_learner(ours: Algorithm, scheme: Scheme) -> Any:
 
 def parameter_pairs(ours: Algorithm, learner: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Every parameter of ours with its counterpart, online and target networks."""
-    for name, module in learner.networks():
-        if not any(True for _ in module.parameters()):
-            continue  # VDN's mixer
-        network: Any = ours.networks[name]
-        for a, b in zip(network.params(), public_params(learner, name), strict=True):
-            if a is not None and b is not None:
+    for name, network in ours.networks.items():
+        public = learner.networks[name]
+        if isinstance(network, mixers.NMixer):  # the same network under other names
+            for a, b in zip(network.params(), mixing_params(public), strict=True):
+                assert a is not None and b is not None  # both layers of its hypernetworks are always there
                 yield a, b
-
-
-def public_params(learner: Any, name: str) -> tuple[Tensor | None, ...]:
-    """Parameters of the network ``name`` of the public way, in the order of our ops."""
-    return (mixing_params if name.endswith("mixer") else utility_params)(getattr(learner, name))
+        else:
+            theirs = dict(public.named_parameters())
+            for key, parameter in network.named_parameters():
+                yield parameter, theirs[key]
 
 
 def random_batch(scheme: Scheme, batch_size: int) -> EpisodeBatch:
@@ -269,12 +265,16 @@ def random_batch(scheme: Scheme, batch_size: int) -> EpisodeBatch:
 
 def public_batch(batch: EpisodeBatch, n_actions: int) -> Any:
     """The same episodes as a public replay buffer stores them."""
-    taken = batch.last_actions.unsqueeze(-1)
+
+    def one_hot(actions: Tensor) -> Tensor:
+        return (actions.unsqueeze(-1) == torch.arange(n_actions, device=actions.device)).to(batch.obs.dtype)
+
     return baselines.load("learner").PublicBatch(
         obs=batch.obs,
         state=batch.states,
         actions=batch.actions.unsqueeze(-1),
-        last_actions_onehot=(taken == torch.arange(n_actions, device=taken.device)).to(batch.obs.dtype),
+        actions_onehot=one_hot(batch.actions),
+        last_actions_onehot=one_hot(batch.last_actions),
         avail_actions=batch.avail_actions.int(),
         reward=batch.rewards,
         terminated=batch.terminated,
@@ -307,34 +307,70 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(previous)
 
 
-def _public_settings(ours: Algorithm) -> dict[str, Any]:
+def _public_form(ours: Algorithm) -> tuple[Any, dict[str, Any]]:
+    """The public learner's class and its settings."""
     config = ours.config
-    if not isinstance(ours, QLearning):
+    learner, central = baselines.load("learner"), baselines.load("central")
+    forms: dict[type[Algorithm], Any] = {
+        ResQ: central.ResidualLearner, WeightedQMIX: central.WeightedLearner, QPLEX: learner.DuplexLearner,
+        Qatten: None, QLearning: learner.PublicLearner,
+    }  # fmt: skip
+    form = next((form for kind, form in forms.items() if isinstance(ours, kind)), None)
+    if form is None:
         raise ValueError(f"no baseline is written for {type(ours).__name__}; try qmix")
-    mixers = {"none": None, "vdn": "vdn", "qmix": "qmix", "nmix": "qmix"}
     supported = {
         "agent": config.agent in ("rnn", "n_rnn") and config.use_rnn,
-        "mixer": config.mixer in mixers,
-        "qmix_pos_func": config.qmix_pos_func == "abs",
         "targets": config.targets in ("one_step", "td_lambda"),
-        "weighting": config.weighting == "none",
+        "double_q": config.double_q or form is learner.PublicLearner,
+        "weighting": config.weighting == "none" or form is central.WeightedLearner,
+        "central_action_embed": config.central_action_embed == 1 or not isinstance(ours, CentralCritic),
+        "condition": config.condition == "max_action" or not isinstance(ours, ResQ),
+        "recogniser_target": not config.recogniser_target,
+        "compat": config.compat == "paper" or not isinstance(ours, ResQ),
         "standardise_rewards": not config.standardise_rewards,
         "weight_decay": config.weight_decay == 0,
     }
     for name, known in supported.items():
         if not known:
             raise ValueError(f"no baseline is written for {name} = {getattr(config, name)!r}; try another preset")
-    return {
-        "mixer": mixers[config.mixer],
-        "gamma": config.gamma,
+    settings = {
         "td_lambda": config.td_lambda if config.targets == "td_lambda" else None,
-        "double_q": config.double_q,
-        "loss_scale": config.loss_scale * config.w_high,
-        "optimizer": config.optimizer,
-        "lr": config.lr,
+        "loss_scale": config.loss_scale * (1.0 if form is central.WeightedLearner else config.w_high),
         "optimizer_eps": config.optim_eps,
         "rmsprop_alpha": config.optim_alpha,
-        "grad_norm_clip": config.grad_norm_clip,
-        "obs_last_action": config.obs_last_action,
-        "obs_agent_id": config.obs_agent_id,
     }
+    same = (
+        "gamma", "double_q", "weighting", "w_high", "w", "central_loss", "recogniser_loss", "tolerance",
+        "residual_negative_abs", "noopt_loss", "optimizer", "lr", "grad_norm_clip", "obs_last_action", "obs_agent_id",
+    )  # fmt: skip
+    return form, settings | {name: getattr(config, name) for name in same}
+
+
+def _public_network(network: nn.Module, config: AlgorithmConfig, scheme: Scheme) -> nn.Module:
+    """The public form of one of our networks, on its device."""
+    form = baselines.load("networks")
+    agents, actions, states = scheme.n_agents, scheme.n_actions, scheme.state_dim
+    built: nn.Module
+    match network:
+        case RNNAgent():
+            norm = network.layer_norm is not None
+            built = form.CellAgent(network.input_dim, network.fc2.out_features, network.hidden_dim, norm)
+        case mixers.VDNMixer():
+            return form.VDNMixer()  # without parameters
+        case mixers.QMixer() | mixers.NMixer() if network.positivity == "abs":
+            layers = 2 if isinstance(network, mixers.NMixer) else config.hypernet_layers
+            built = form.QMixer(agents, states, config.mixing_embed_dim, layers, config.hypernet_embed)
+        case mixers.DMAQer():
+            built = form.DuplexMixer(
+                agents, actions, states, config.hypernet_embed, config.num_kernel, config.adv_hypernet_layers,
+                config.adv_hypernet_embed, network.weighted_head, network.is_minus_one,
+            )  # fmt: skip
+        case mixers.QMixerCentralFF():
+            built = form.CentralMixer(agents, states, config.central_mixing_embed_dim)
+        case mixers.Recogniser():
+            sizes = config.recogniser_embed_dim, config.recogniser_hypernet_embed
+            built = form.Recogniser(agents, actions, states, *sizes)
+        case _:
+            setting = f" with qmix_pos_func = {config.qmix_pos_func!r}" if hasattr(network, "positivity") else ""
+            raise ValueError(f"no baseline is written for {type(network).__name__}{setting}; try another preset")
+    return built.to(next(network.parameters()).device)

@@ -263,7 +263,9 @@ def _backward(
     reached = [grad_v is not None] * 2 + [grad_adv is not None or grad_weights is not None] * 3
     wants = [want and reach for want, reach in zip(ctx.wants, reached, strict=True)]
     wants_qs = ctx.wants_inputs[0] and grad_v is not None
-    wants_states = ctx.wants_inputs[1] and any(reach and depth > 0 for reach, depth in zip(reached, depths, strict=True))
+    wants_states = ctx.wants_inputs[1] and any(
+        reach and depth > 0 for reach, depth in zip(reached, depths, strict=True)
+    )
     grad_qs, grad_states, grads = _duplex_backward(
         grad_v, grad_adv, grad_weights, agent_qs, max_qs, states, actions, hidden, outputs, depths,
         [int(want) for want in wants], wants_qs, wants_states, params,

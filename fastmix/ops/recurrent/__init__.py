@@ -24,6 +24,7 @@ def recurrent(
     last_actions: Tensor | None = None,
     agent_ids: bool = False,
     return_hidden_states: bool = False,
+    lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> list[RecurrentOutput]:
     r"""Unroll recurrent utility networks over whole sequences.
@@ -45,6 +46,9 @@ def recurrent(
             leaves beside observation and agent id: as many as there are actions.
         agent_ids: whether the input ends with the one-hot of the agent, ``A`` wide.
         return_hidden_states: also return the state after every step.
+        lengths: ``[B]`` int64, how many steps of each episode are wanted, or None for all. Values and states of later
+            steps are then finite and otherwise anything, gradients must not arrive there, and ``hidden`` of an episode
+            is the state after its last wanted step or a later one. The native CPU backend leaves out what it can.
         backend: ``None`` for the automatic choice, or a name of `fastmix.backends.NAMES`.
 
     Returns:
@@ -58,22 +62,23 @@ def recurrent(
     """
     start = [None] * len(networks) if hidden is None else list(hidden)
     arguments.check_arguments(obs, networks, start, last_actions, agent_ids)
+    arguments.check_lengths(obs, lengths)
+    settings = (last_actions, agent_ids, return_hidden_states)
     if _checks.autocast_enabled(obs):
         with torch.autocast(obs.device.type, enabled=False):
             networks = [RecurrentParams._make(map(_checks.upcast, network)) for network in networks]
             start = [_checks.upcast(state) for state in start]
             upcast = obs.float() if obs.dtype in (torch.float16, torch.bfloat16) else obs
-            return _dispatch(upcast, networks, start, last_actions, agent_ids, return_hidden_states, backend, half=True)
-    return _dispatch(obs, networks, start, last_actions, agent_ids, return_hidden_states, backend, half=False)
+            return _dispatch(upcast, networks, start, settings, lengths, backend, half=True)
+    return _dispatch(obs, networks, start, settings, lengths, backend, half=False)
 
 
 def _dispatch(
     obs: Tensor,
     networks: Sequence[RecurrentParams],
     hidden: Sequence[Tensor | None],
-    last_actions: Tensor | None,
-    agent_ids: bool,
-    return_hidden_states: bool,
+    settings: tuple[Tensor | None, bool, bool],
+    lengths: Tensor | None,
     backend: str | None,
     half: bool,
 ) -> list[RecurrentOutput]:
@@ -86,7 +91,6 @@ def _dispatch(
         )
         for network in networks
     ]
-    settings = (last_actions, agent_ids, return_hidden_states)
     results: dict[int, RecurrentOutput] = {}
     if on_cuda:
         together = [i for i, name in enumerate(names) if name == "native"]
@@ -95,9 +99,13 @@ def _dispatch(
         )
         results.update(zip(together, outputs, strict=True))
     for i, name in enumerate(names):
-        if i not in results:
-            results[i] = _ONE_BY_ONE[name](obs, networks[i], hidden[i], *settings)
+        if i in results:
+            continue
+        if name == "native":
+            results[i] = native.recurrent(obs, networks[i], hidden[i], *settings, lengths)
+        else:
+            results[i] = _WHOLE[name](obs, networks[i], hidden[i], *settings)
     return [results[i] for i in range(len(networks))]
 
 
-_ONE_BY_ONE = {"native": native.recurrent, "cudnn": cudnn.recurrent, "reference": reference.recurrent}
+_WHOLE = {"cudnn": cudnn.recurrent, "reference": reference.recurrent}

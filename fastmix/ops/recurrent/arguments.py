@@ -48,6 +48,18 @@ def check_arguments(
             _checks.check_shape(f"hidden[{index}]", state, wanted, "[B, A, D]")
 
 
+def check_lengths(obs: Tensor, lengths: Tensor | None) -> None:
+    """Raise unless ``lengths`` is None or one int64 for each episode, on the device of ``obs``."""
+    if lengths is None:
+        return
+    _checks.check_tensor("lengths", lengths)
+    if lengths.dtype is not torch.int64:
+        raise TypeError(f"lengths must have dtype torch.int64, got {lengths.dtype}")
+    _checks.check_shape("lengths", lengths, (obs.shape[0],), "[B]")
+    if lengths.device != obs.device:
+        raise ValueError(f"lengths must be on the device of obs ({obs.device}), got {lengths.device}")
+
+
 def action_width(name: str, network: RecurrentParams, n_obs: int, n_ids: int) -> int:
     """What the input layer leaves for the one-hot of the last action: nothing, or as much as there are actions.
 

@@ -23,10 +23,14 @@ def recurrent(
     last_actions: Tensor | None,
     agent_ids: bool,
     return_hidden_states: bool,
+    lengths: Tensor | None,
 ) -> RecurrentOutput:
     """See `fastmix.ops.recurrent`, for one network; arguments are already checked. A missing hidden state is zero."""
     save = _library.wants_grad((obs, hidden, *network))
-    q, after, states, _ = _recurrent(obs, last_actions, hidden, *network, agent_ids, return_hidden_states, save)
+    lengths = None if lengths is None else lengths.contiguous()
+    q, after, states, _ = _recurrent(
+        obs, last_actions, hidden, *network, agent_ids, return_hidden_states, save, lengths
+    )
     return RecurrentOutput(q, after, states if return_hidden_states else None)
 
 
@@ -59,7 +63,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from fastmix import _core
 
-    network, (agent_ids, return_hidden_states, save) = rest[:_PARAMS], rest[_PARAMS:]
+    network, (agent_ids, return_hidden_states, save, lengths) = rest[:_PARAMS], rest[_PARAMS:]
     sizes = sizes_of(obs, last_actions, network, agent_ids)
     episodes, steps, n_agents, _, _, _, width, outputs = sizes
     obs = readable(obs)
@@ -74,7 +78,8 @@ def _forward(
         _core.recurrent_forward(
             obs.data_ptr(), _address(last_actions), _address(hidden), [_address(p) for p in network], q.data_ptr(),
             after.data_ptr(), _address(states), _address(saved), sizes, obs.stride()[:3],
-            (0, 0, 0) if last_actions is None else last_actions.stride(), is_double, torch.get_num_threads(),
+            (0, 0, 0) if last_actions is None else last_actions.stride(), _address(lengths), is_double,
+            torch.get_num_threads(),
         )  # fmt: skip
     return q, after, states, saved
 
@@ -82,7 +87,7 @@ def _forward(
 def _fake(
     obs: Tensor, last_actions: Tensor | None, hidden: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    network, (agent_ids, return_hidden_states, save) = rest[:_PARAMS], rest[_PARAMS:]
+    network, (agent_ids, return_hidden_states, save) = rest[:_PARAMS], rest[_PARAMS : _PARAMS + 3]
     episodes, steps, n_agents, _, _, _, width, outputs = sizes_of(obs, last_actions, network, agent_ids)
     return (
         obs.new_empty((episodes, steps, n_agents, outputs)),
@@ -93,20 +98,20 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.agent_ids, ctx.return_hidden_states, save = inputs
+    *tensors, ctx.agent_ids, ctx.return_hidden_states, save, lengths = inputs
     if not save:
         raise RuntimeError("fastmix::recurrent was called with save=False on tensors that need gradients")
     ctx.mark_non_differentiable(output[3])
     ctx.set_materialize_grads(False)  # zeros as large as the workspace
-    ctx.save_for_backward(*tensors, output[3])
+    ctx.save_for_backward(*tensors, output[3], lengths)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, saved = ctx.saved_tensors
+    *tensors, saved, lengths = ctx.saved_tensors
     wants_obs, wants_hidden = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
     states = grads[2] if ctx.return_hidden_states else None
     grad_obs, grad_hidden, *grad_network = _recurrent_backward(
-        *tensors, saved, grads[0], grads[1], states, ctx.agent_ids, wants_obs, wants_hidden
+        *tensors, saved, grads[0], grads[1], states, ctx.agent_ids, wants_obs, wants_hidden, lengths
     )
     norm = tensors[3 + 6] is not None
     return (
@@ -114,6 +119,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         None,
         grad_hidden if wants_hidden else None,
         *(g if norm or i not in (6, 7) else None for i, g in enumerate(grad_network)),
+        None,
         None,
         None,
         None,
@@ -127,7 +133,7 @@ def _backward_forward(
     from fastmix import _core
 
     network, saved, cotangents = rest[:_PARAMS], rest[_PARAMS], rest[_PARAMS + 1 : _PARAMS + 4]
-    agent_ids = rest[_PARAMS + 4]
+    agent_ids, lengths = rest[_PARAMS + 4], rest[_PARAMS + 7]
     sizes = sizes_of(obs, last_actions, network, agent_ids)
     outputs = _backward_fake(obs, last_actions, hidden, *rest)
     grad_obs, grad_hidden, *grads = outputs
@@ -142,14 +148,14 @@ def _backward_forward(
         obs.data_ptr(), _address(last_actions), hidden is None, [_address(p) for p in network],
         saved.data_ptr(), _address(grad_q), _address(grad_after), _address(grad_states), [_address(g) for g in grads],
         _address(grad_obs), _address(grad_hidden), sizes, obs.stride()[:3],
-        (0, 0, 0) if last_actions is None else last_actions.stride(),
+        (0, 0, 0) if last_actions is None else last_actions.stride(), _address(lengths),
         obs.dtype == torch.float64, torch.get_num_threads(),
     )  # fmt: skip
     return outputs
 
 
 def _backward_fake(obs: Tensor, last_actions: Tensor | None, hidden: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    network, (wants_obs, wants_hidden) = rest[:_PARAMS], rest[-2:]
+    network, (wants_obs, wants_hidden) = rest[:_PARAMS], rest[_PARAMS + 5 : _PARAMS + 7]
     episodes, _, n_agents, _ = obs.shape
     return (
         obs.new_empty(obs.shape if wants_obs else (0,)),
@@ -169,7 +175,7 @@ _WEIGHTS = ", ".join(f"Tensor{'?' if field.startswith('norm') else ''} {field}" 
 _recurrent_backward = _library.define(
     "recurrent_backward",
     f"(Tensor obs, Tensor? last_actions, Tensor? hidden, {_WEIGHTS}, Tensor saved, Tensor? grad_q, Tensor? grad_hidden,"
-    " Tensor? grad_hidden_states, bool agent_ids, bool wants_obs, bool wants_hidden)"
+    " Tensor? grad_hidden_states, bool agent_ids, bool wants_obs, bool wants_hidden, Tensor? lengths=None)"
     f" -> ({', '.join(['Tensor'] * (2 + _PARAMS))})",
     _backward_forward,
     _backward_fake,
@@ -177,7 +183,7 @@ _recurrent_backward = _library.define(
 _recurrent = _library.define(
     "recurrent",
     f"(Tensor obs, Tensor? last_actions, Tensor? hidden, {_WEIGHTS}, bool agent_ids, bool return_hidden_states,"
-    " bool save) -> (Tensor, Tensor, Tensor, Tensor)",
+    " bool save, Tensor? lengths=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
     setup_context=_setup_context,
