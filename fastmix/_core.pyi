@@ -56,6 +56,65 @@ class Workspace:
 compiler: str
 cuda: bool
 
+def duplex_backward_float32(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg6: Sequence[int],
+    arg7: Sequence[int],
+    arg8: Sequence[int],
+    arg9: Sequence[int],
+    arg10: int,
+    /,
+) -> None: ...
+def duplex_backward_float64(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg6: Sequence[int],
+    arg7: Sequence[int],
+    arg8: Sequence[int],
+    arg9: Sequence[int],
+    arg10: int,
+    /,
+) -> None: ...
+
+duplex_block_rows: int
+
+def duplex_forward_float32(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg6: Sequence[int],
+    arg7: bool,
+    arg8: bool,
+    arg9: Sequence[int],
+    arg10: int,
+    /,
+) -> None: ...
+def duplex_forward_float64(
+    arg0: Sequence[int],
+    arg1: Sequence[int],
+    arg2: Sequence[int],
+    arg3: Sequence[int],
+    arg4: Sequence[int],
+    arg5: Sequence[tuple[int, bool, bool, Sequence[int], Sequence[int], Sequence[int]]],
+    arg6: Sequence[int],
+    arg7: bool,
+    arg8: bool,
+    arg9: Sequence[int],
+    arg10: int,
+    /,
+) -> None: ...
 def fractions_cuda_float32(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, /) -> None: ...
 def fractions_cuda_float64(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, /) -> None: ...
 def fractions_float32(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, /) -> None: ...
