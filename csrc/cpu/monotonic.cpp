@@ -24,8 +24,8 @@ namespace {
 
 constexpr int64_t kBlockRows = 96;  // rows of a block: with H = 64 its activations and one agent's weights fit in L1
 constexpr int64_t kGradRows = 2 * kBlockRows;  // rows of one first-layer weight gradient product
-constexpr int64_t kAhead = 16;           // columns of x that this product asks for in advance: one cache line of floats
-constexpr int64_t kDotRows = 6;          // up to so many rows, dot products beat packing the weights
+constexpr int64_t kAhead = 16;   // columns of x that this product asks for in advance: one cache line of floats
+constexpr int64_t kDotRows = 6;  // up to so many rows, dot products beat packing the weights
 constexpr int kMixRows = kVectorRegisters >= 32 ? 12 : 6;  // tile of generated weights: kMixRows x 1 or 2 vectors
 
 static_assert(kMonotonicRowPadding % kMixRows == 0 && kMonotonicRowPadding % kTileRows == 0);

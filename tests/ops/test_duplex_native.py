@@ -1,4 +1,4 @@
-"""`duplex` and `importance` in the compiled core: float32, instruction sets, threads, strides, demands of PyTorch."""
+"""`duplex` and `importance` in the compiled core: float32, instruction sets, threads, strides, PyTorch's demands."""
 
 from __future__ import annotations
 
