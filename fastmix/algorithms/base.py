@@ -16,7 +16,7 @@ from fastmix._parts import part
 from fastmix.algorithms.batch import EpisodeBatch, Scheme
 from fastmix.algorithms.config import AlgorithmConfig
 from fastmix.algorithms.optimiser import Optimiser
-from fastmix.algorithms.rows import episode_lengths
+from fastmix.algorithms.rows import episode_lengths, live_steps
 from fastmix.algorithms.standardise import RunningMoments
 from fastmix.ops import recurrent, returns, select
 from fastmix.ops._checks import check_choice
@@ -58,6 +58,8 @@ class Algorithm(abc.ABC):
         self.targeted = tuple(name for name in online if self._has_target(name))
         for name in self.targeted:
             self.networks[f"target_{name}"] = copy.deepcopy(self.networks[name]).requires_grad_(False)
+        # Padding is left out where the host may look at numbers and shapes may differ from step to step.
+        self.skips_padding = self.device.type == "cpu"
         self.reward_moments = RunningMoments(self.device) if config.standardise_rewards else None
         self.optimiser = self._make_optimiser()
         self.updates = 0
@@ -286,11 +288,11 @@ class Algorithm(abc.ABC):
         *names: str,
         hidden: Tensor | None = None,
         return_hidden_states: bool = False,
-        lengths: Tensor | None = None,
+        live: Tensor | None = None,
     ) -> list[RecurrentOutput]:
         """The agent networks ``names`` over whole sequences; all recurrent ones in one call.
 
-        What they give after ``lengths`` of each episode must not be read.
+        Beyond ``live`` transitions ``[B, T - 1]``, and the step after the last of them, nothing must be read.
         """
         networks = [self.networks[name] for name in names]
         actions, ids = last_actions if self.config.obs_last_action else None, self.config.obs_agent_id
@@ -300,13 +302,15 @@ class Algorithm(abc.ABC):
             return [n.unroll(obs, hidden, actions, ids, return_hidden_states) for n in others]
         outputs = recurrent(
             obs, [n.params() for n in gated], None if hidden is None else [hidden] * len(gated),
-            last_actions=actions, agent_ids=ids, return_hidden_states=return_hidden_states, lengths=lengths,
+            last_actions=actions, agent_ids=ids, return_hidden_states=return_hidden_states,
+            lengths=episode_lengths(live),
         )  # fmt: skip
         return [n.finish(output) for n, output in zip(gated, outputs, strict=True)]
 
-    def _lengths(self, batch: EpisodeBatch) -> Tensor | None:
-        """Steps of each episode that a loss reads; all in released code, some of which reads padding."""
-        return None if self.config.compat == "released" else episode_lengths(batch)
+    def _live(self, batch: EpisodeBatch) -> Tensor | None:
+        """``[B, T]`` bool, the only transitions to compute, or None for all: some released code reads padding."""
+        skips = self.skips_padding and self.config.compat == "paper"
+        return live_steps(batch) if skips else None
 
     def _utilities(self, obs: Tensor, last_actions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """One acting step: ``[n, A, U]`` and the new hidden state."""
