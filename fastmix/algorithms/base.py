@@ -17,7 +17,7 @@ from fastmix._parts import part
 from fastmix.algorithms.batch import EpisodeBatch, Scheme
 from fastmix.algorithms.config import AlgorithmConfig
 from fastmix.algorithms.optimiser import Optimiser
-from fastmix.algorithms.rows import episode_lengths
+from fastmix.algorithms.rows import episode_lengths, live_steps
 from fastmix.algorithms.standardise import RunningMoments
 from fastmix.ops import recurrent, returns, select
 from fastmix.ops._checks import check_choice
@@ -61,6 +61,8 @@ class Algorithm(abc.ABC):
         self.targeted = tuple(name for name in online if self._has_target(name))
         for name in self.targeted:
             self.networks[f"target_{name}"] = copy.deepcopy(self.networks[name]).requires_grad_(False)
+        # Padding is left out where the host may look at numbers and shapes may differ from step to step.
+        self.skips_padding = self.device.type == "cpu"
         self.reward_moments = RunningMoments(self.device) if config.standardise_rewards else None
         self.optimiser = self._make_optimiser()
         self.updates = 0
@@ -293,11 +295,11 @@ class Algorithm(abc.ABC):
         *names: str,
         hidden: Tensor | None = None,
         return_hidden_states: bool = False,
-        lengths: Tensor | None = None,
+        live: Tensor | None = None,
     ) -> list[RecurrentOutput]:
         """The agent networks ``names`` over whole sequences; all recurrent ones in one call.
 
-        What they give after ``lengths`` of each episode must not be read.
+        Beyond ``live`` transitions ``[B, T - 1]``, and the step after the last of them, nothing must be read.
         """
         networks = [self.networks[name] for name in names]
         gated = [n for n in networks if isinstance(n, agents.RNNAgent) and n.is_recurrent]
@@ -305,7 +307,7 @@ class Algorithm(abc.ABC):
             actions, ids = last_actions if self.config.obs_last_action else None, self.config.obs_agent_id
             others = [n for n in networks if isinstance(n, agents.Agent)]
             return [n.unroll(obs, hidden, actions, ids, return_hidden_states) for n in others]
-        outputs = self._recur(obs, last_actions, gated, hidden, return_hidden_states, lengths)
+        outputs = self._recur(obs, last_actions, gated, hidden, return_hidden_states, live)
         return [n.finish(output) for n, output in zip(gated, outputs, strict=True)]
 
     def _recur(
@@ -315,19 +317,20 @@ class Algorithm(abc.ABC):
         networks: Sequence[agents.RNNAgent | agents.IQNRNNAgent],
         hidden: Tensor | None = None,
         return_hidden_states: bool = False,
-        lengths: Tensor | None = None,
+        live: Tensor | None = None,
     ) -> list[RecurrentOutput]:
         """What `fastmix.ops.recurrent` gives for networks over one input, in one call."""
         c = self.config
         return recurrent(
             obs, [n.params() for n in networks], None if hidden is None else [hidden] * len(networks),
             last_actions=last_actions if c.obs_last_action else None, agent_ids=c.obs_agent_id,
-            return_hidden_states=return_hidden_states, lengths=lengths,
+            return_hidden_states=return_hidden_states, lengths=episode_lengths(live),
         )  # fmt: skip
 
-    def _lengths(self, batch: EpisodeBatch) -> Tensor | None:
-        """Steps of each episode that a loss reads; all in released code, some of which reads padding."""
-        return None if self.config.compat == "released" else episode_lengths(batch)
+    def _live(self, batch: EpisodeBatch) -> Tensor | None:
+        """``[B, T]`` bool, the only transitions to compute, or None for all: some released code reads padding."""
+        skips = self.skips_padding and self.config.compat == "paper"
+        return live_steps(batch) if skips else None
 
     def _utilities(
         self, obs: Tensor, last_actions: Tensor, hidden: Tensor, generator: torch.Generator | None

@@ -76,10 +76,9 @@ class CentralCritic(Algorithm):
         """Everything that does not depend on how the agents' values are mixed; ``others`` are unrolled alongside."""
         c = self.config
         names = ["agent", "central_agent", "target_central_agent", *others, *([] if c.double_q else ["target_agent"])]
+        live = self._live(batch)
         with part("unrolls"):
-            agent, central, target_central, *rest = self._unroll(
-                batch.obs, batch.last_actions, *names, lengths=self._lengths(batch)
-            )
+            agent, central, target_central, *rest = self._unroll(batch.obs, batch.last_actions, *names, live=live)
         with part("select"):
             chosen = select(agent.q, batch.avail_actions, actions=batch.actions)
             assert chosen.all_greedy is not None
@@ -87,11 +86,11 @@ class CentralCritic(Algorithm):
             best = greedy if c.double_q else select(rest.pop().q, batch.avail_actions).greedy_actions
             central_qs = at_actions(central.q, batch.actions)
         with part("mixer"):
-            rows = Rows(batch)
+            rows = Rows(live)
             states = rows.take(batch.states)
             q_star = rows.put(self.networks["central_mixer"](rows.take(central_qs), states))
         with torch.no_grad(), part("targets"):
-            stored, target_qs = Rows(batch, bootstrap=True), at_actions(target_central.q, best)
+            stored, target_qs = Rows(live, bootstrap=True), at_actions(target_central.q, best)
             target_mixer = self.networks["target_central_mixer"]
             greedy_values = stored.put(target_mixer(stored.take(target_qs), stored.take(batch.states)))
             rewards, targets = self._returns(batch, greedy_values)

@@ -123,10 +123,10 @@ class Distributional(Algorithm):
         assert isinstance(agent, agents.IQNRNNAgent)
         return agent
 
-    def _trunks(self, obs: Tensor, last_actions: Tensor, *names: str, lengths: Tensor | None = None) -> list[Tensor]:
+    def _trunks(self, obs: Tensor, last_actions: Tensor, *names: str, live: Tensor | None = None) -> list[Tensor]:
         """Hidden states ``[B, T, A, D]`` of the agent networks ``names``, in one call; see `Algorithm._unroll`."""
         networks = [self._agent(name) for name in names]
-        outputs = self._recur(obs, last_actions, networks, return_hidden_states=True, lengths=lengths)
+        outputs = self._recur(obs, last_actions, networks, return_hidden_states=True, live=live)
         states = [output.hidden_states for output in outputs]
         return [hidden for hidden in states if hidden is not None]
 

@@ -47,20 +47,19 @@ class QLearning(Algorithm):
         with a weighting ``weights [B, T, 1]``.
         """
         c = self.config
+        live = self._live(batch)
         with part("unrolls"):
-            online, target = self._unroll(
-                batch.obs, batch.last_actions, "agent", "target_agent", lengths=self._lengths(batch)
-            )
+            online, target = self._unroll(batch.obs, batch.last_actions, "agent", "target_agent", live=live)
         with part("select"):
             chosen = select(online.q, batch.avail_actions, actions=batch.actions, target_qs=target.q)
             assert chosen.chosen_qs is not None and chosen.all_greedy is not None
-        rows = self._rows(batch)
+        rows, stored = self._rows(live)
         value = self._joint("mixer", rows, chosen.chosen_qs, batch.states, batch.actions, chosen.greedy_qs.detach())
         q_tot = value.q_tot
 
         with torch.no_grad(), part("targets"):
-            target_q_tot = self._bootstrap(batch, target.q, chosen)
-            behaviour = self._behaviour(batch, target.q) if c.targets == "q_lambda" else None
+            target_q_tot = self._bootstrap(batch, stored, target.q, chosen)
+            behaviour = self._behaviour(batch, stored, target.q) if c.targets == "q_lambda" else None
             rewards, targets = self._returns(batch, target_q_tot, behaviour)
 
         favoured, scale = None, c.loss_scale
@@ -115,12 +114,12 @@ class QLearning(Algorithm):
             q_tot, *others = value
             return JointValue(rows.put(q_tot), *(None if of is None else rows.put(of) for of in others))
 
-    def _rows(self, batch: EpisodeBatch, *, bootstrap: bool = False) -> Rows:
-        """What the mixer is asked for. Released code also regularises by padded steps, and utilities are no rows."""
-        everything = self.config.compat == "released" or self.config.mixer in ("none", "vdn")
-        return Rows(batch, bootstrap=bootstrap, everything=everything)
+    def _rows(self, live: Tensor | None) -> tuple[Rows, Rows]:
+        """What the mixer is asked for, and its target; for a sum of utilities it is not worth the while."""
+        live = None if self.config.mixer in ("none", "vdn") else live
+        return Rows(live), Rows(live, bootstrap=True)
 
-    def _bootstrap(self, batch: EpisodeBatch, target_qs: Tensor, chosen: Selection) -> Tensor:
+    def _bootstrap(self, batch: EpisodeBatch, stored: Rows, target_qs: Tensor, chosen: Selection) -> Tensor:
         """``[B, T + 1, K]``: the target networks' value of the greedy joint actions."""
         if self.config.double_q:
             assert chosen.target_qs is not None
@@ -128,15 +127,14 @@ class QLearning(Algorithm):
         else:
             best = select(target_qs, batch.avail_actions)
             qs, actions = best.greedy_qs, best.greedy_actions
-        return self._joint("target_mixer", self._rows(batch, bootstrap=True), qs, batch.states, actions, qs).q_tot
+        return self._joint("target_mixer", stored, qs, batch.states, actions, qs).q_tot
 
-    def _behaviour(self, batch: EpisodeBatch, target_qs: Tensor) -> Tensor:
+    def _behaviour(self, batch: EpisodeBatch, stored: Rows, target_qs: Tensor) -> Tensor:
         """``[B, T + 1, K]``: the target networks' value of the joint actions taken."""
         taken = select(target_qs, batch.avail_actions, actions=batch.actions)
         assert taken.chosen_qs is not None
         qs, best = taken.chosen_qs, taken.greedy_qs
-        rows = self._rows(batch, bootstrap=True)
-        return self._joint("target_mixer", rows, qs, batch.states, batch.actions, best).q_tot
+        return self._joint("target_mixer", stored, qs, batch.states, batch.actions, best).q_tot
 
     def _regulariser(self, logit_squares: Tensor, mask: Tensor) -> Tensor:
         """Mean of squared logits ``[B, T, H]``, summed over heads, times a coefficient; PyMARL counts padded steps."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastmix.algorithms.batch import EpisodeBatch
 from fastmix.algorithms.q_learning import QLearning
+from fastmix.algorithms.rows import Rows
 from fastmix.ops import select
 from fastmix.ops.select import Selection
 
@@ -28,7 +29,7 @@ class QPLEX(QLearning):
     }
     mixer_kinds: ClassVar[tuple[str, ...]] = ("qplex_dmaq", "qplex_dmaq_qatten")
 
-    def _bootstrap(self, batch: EpisodeBatch, target_qs: Tensor, chosen: Selection) -> Tensor:
+    def _bootstrap(self, batch: EpisodeBatch, stored: Rows, target_qs: Tensor, chosen: Selection) -> Tensor:
         avail: Tensor | None = batch.avail_actions
         if self.config.compat == "released" and not self.config.double_q:
             avail = None  # where the public code takes the largest value of all actions, available or not
@@ -37,5 +38,4 @@ class QPLEX(QLearning):
         if self.config.double_q:
             assert chosen.target_qs is not None
             qs, actions = chosen.target_qs, chosen.greedy_actions
-        rows = self._rows(batch, bootstrap=True)
-        return self._joint("target_mixer", rows, qs, batch.states, actions, best.greedy_qs).q_tot
+        return self._joint("target_mixer", stored, qs, batch.states, actions, best.greedy_qs).q_tot

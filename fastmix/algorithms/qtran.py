@@ -50,7 +50,7 @@ class QTRAN(Algorithm):
         with part("unrolls"):
             online, target = self._unroll(
                 batch.obs, batch.last_actions, "agent", "target_agent", return_hidden_states=True,
-                lengths=self._lengths(batch),
+                live=self._live(batch),
             )  # fmt: skip
             hidden, target_hidden = self._hidden_states(online, mask), self._hidden_states(target, mask)
         with part("select"):

@@ -40,10 +40,11 @@ class QuantileLearning(Distributional):
         ``target_z_tot [B, T + 1, K, N']``, ``greedy_actions [B, T + 1, A]`` and ``rewards [B, T, 1]`` as used.
         """
         c, names = self.config, ("agent", "target_agent")
-        rows = Rows(batch, bootstrap=True)
+        live = self._live(batch)
+        rows = Rows(live, bootstrap=True)
         states, avail = rows.take(batch.states), rows.take(batch.avail_actions)
         with part("unrolls"):
-            hidden = self._trunks(batch.obs, batch.last_actions, *names, lengths=self._lengths(batch))
+            hidden = self._trunks(batch.obs, batch.last_actions, *names, live=live)
             online, target = (rows.take(states_of) for states_of in hidden)
         agent, target_agent = self._agent("agent"), self._agent("target_agent")
         with part("quantiles"):

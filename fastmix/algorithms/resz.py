@@ -83,10 +83,11 @@ class ResZ(Distributional):
         """
         c = self.config
         names = ("agent", "residual_agent", "central_agent", "target_central_agent")
-        rows = Rows(batch, bootstrap=True)
+        live = self._live(batch)
+        rows = Rows(live, bootstrap=True)
         states, avail, taken = rows.take(batch.states), rows.take(batch.avail_actions), rows.take(batch.actions)
         with part("unrolls"):
-            outputs = self._trunks(batch.obs, batch.last_actions, *names, lengths=self._lengths(batch))
+            outputs = self._trunks(batch.obs, batch.last_actions, *names, live=live)
             hidden = {name: rows.take(states_of) for name, states_of in zip(names, outputs, strict=True)}
         with part("quantiles"):
             fractions = {name: self.draw(name, *batch.obs.shape[:2]) for name in names}

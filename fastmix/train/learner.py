@@ -66,6 +66,8 @@ class Learner:
         if recorder is None and graphs and algo.device.type == "cuda":
             recorder = CudaRecorder(algo.device)
         self._recorder = recorder
+        if recorder is not None:
+            algo.skips_padding = False  # what is recorded must fit every batch of its length
         self._recordings: dict[Hashable, Recording] = {}
         self._inputs: dict[Hashable, EpisodeBatch] = {}
 

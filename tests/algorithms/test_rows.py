@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastmix.algorithms import REGISTRY, EpisodeBatch, Scheme, make
-from fastmix.algorithms.rows import Rows, episode_lengths
+from fastmix.algorithms.rows import Rows, episode_lengths, live_steps
 from fastmix.testing import assert_close
 from tests.generators import Shape, episodes
 
@@ -24,7 +24,7 @@ def batch_of(lengths: Tensor = LENGTHS, steps: int = 5) -> EpisodeBatch:
 @pytest.mark.parametrize("bootstrap", [False, True])
 def test_rows_are_the_steps_that_exist(bootstrap: bool) -> None:
     batch = batch_of()
-    rows = Rows(batch, bootstrap=bootstrap)
+    rows = Rows(live_steps(batch), bootstrap=bootstrap)
     taken = rows.take(batch.states)
     steps = [(b, t) for b, n in enumerate(LENGTHS.tolist()) for t in range(n + bootstrap)]
     assert_close(taken, torch.stack([batch.states[b, t] for b, t in steps]), 0.0)
@@ -37,10 +37,9 @@ def test_rows_are_the_steps_that_exist(bootstrap: bool) -> None:
 
 
 @pytest.mark.parametrize("bootstrap", [False, True])
-@pytest.mark.parametrize("everything", [False, True])
-def test_nothing_is_moved_where_nothing_is_left_out(everything: bool, bootstrap: bool) -> None:
-    batch = batch_of() if everything else batch_of(torch.full((4,), 5))
-    rows = Rows(batch, bootstrap=bootstrap, everything=everything)
+def test_nothing_is_moved_where_nothing_is_left_out(bootstrap: bool) -> None:
+    batch = batch_of(torch.full((4,), 5))
+    rows = Rows(live_steps(batch), bootstrap=bootstrap)
     taken = rows.take(batch.states)
     assert taken.data_ptr() == batch.states.data_ptr() and taken.shape == (4, 5 + bootstrap, STATE)
     assert rows.put(taken) is taken
@@ -49,30 +48,32 @@ def test_nothing_is_moved_where_nothing_is_left_out(everything: bool, bootstrap:
 def test_gradients_go_to_the_steps_that_exist() -> None:
     batch = batch_of()
     values = torch.randn(4, 6, 2, requires_grad=True)
-    rows = Rows(batch)
+    rows = Rows(live_steps(batch))
     (grad,) = torch.autograd.grad(rows.put(3 * rows.take(values)).sum(), values)
     assert_close(grad[:, :-1], 3 * batch.mask.expand(4, 5, 2), 0.0)
     assert (grad[:, -1] == 0).all()
 
 
 def test_lengths_count_the_step_after_the_last() -> None:
-    assert episode_lengths(batch_of()).tolist() == [6, 3, 1, 4]  # type: ignore[union-attr]
-    assert episode_lengths(batch_of(torch.full((4,), 5))) is None
-    assert episode_lengths(batch_of(torch.zeros(4, dtype=torch.int64))).tolist() == [1] * 4  # type: ignore[union-attr]
+    def lengths(of: Tensor) -> list[int] | None:
+        found = episode_lengths(live_steps(batch_of(of)))
+        return None if found is None else found.tolist()
+
+    assert lengths(LENGTHS) == [6, 3, 1, 4]
+    assert lengths(torch.full((4,), 5)) is None
+    assert lengths(torch.zeros(4, dtype=torch.int64)) == [1] * 4
 
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
-def test_leaving_padding_out_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leaving_padding_out_changes_nothing(name: str) -> None:
     """Loss and gradients are those of networks that see every step."""
     results = []
     for leave_out in (True, False):
         algorithm = make(name, Scheme(AGENTS, ACTIONS, OBS, STATE, 5), seed=1).double()
         batch = EpisodeBatch(*episodes(Shape(AGENTS, ACTIONS, STATE, OBS), 4, 5, dtype=torch.float64))
         assert not batch.mask.all()
-        if not leave_out:
-            monkeypatch.setattr(algorithm, "_lengths", lambda batch: None)
-            monkeypatch.setattr(Rows, "take", lambda rows, values: values[:, : rows._steps])
-            monkeypatch.setattr(Rows, "put", lambda rows, values: values)
+        assert algorithm.skips_padding
+        algorithm.skips_padding = leave_out
         loss = algorithm.losses(batch)["loss"]
         parameters = [p for network in algorithm.networks.values() for p in network.parameters() if p.requires_grad]
         results.append([loss, *torch.autograd.grad(loss, parameters, allow_unused=True)])
