@@ -34,6 +34,7 @@ def targets() -> Iterator[tuple[Callable[[], Case], tuple[str, ...]]]:
     yield partial(cases.returns, 512, 120, highest), ("ours",)
     yield partial(cases.select, 512, 120, 10, 18, True, highest), ("ours",)
     yield partial(cases.td_loss, 512, 120, highest), ("ours",)
+    yield partial(cases.quantile, 512, 120, 32, highest), ("ours",)
     yield partial(cases.monotonic, "MMM2", 61_440, False, high, ()), ("ours",)
     yield partial(cases.recurrent, "MMM2", False, high, (), 128, 60, False), ("ours",)
     for shape, rows in (("MMM2", 15_360), ("5m_vs_6m", 61_440)):

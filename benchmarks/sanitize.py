@@ -84,6 +84,25 @@ def td_loss(setting: cases.Setting) -> None:
         compare(f"td_loss {entries} {setting.name}", run)
 
 
+def quantile(setting: cases.Setting) -> None:
+    for rows, n, n_targets in ((1, 1, 1), (1_037, 33, 7)):
+        mask, _ = cases.ragged_mask(1, rows, setting)
+        theta, targets = setting.new(1, rows, 1, n, requires_grad=True), setting.new(1, rows, 1, n_targets)
+        agents, key = setting.new(rows, 3, n, requires_grad=True), torch.tensor([1, 2], device=setting.device)
+
+        def run(
+            backend: str, theta: Tensor = theta, targets: Tensor = targets, mask: Tensor = mask,
+            agents: Tensor = agents, key: Tensor = key, n: int = n, rows: int = rows,
+        ) -> Sequence[Tensor]:  # fmt: skip
+            drawn = ops.fractions((1, rows, 1, n), key, dtype=setting.dtype, backend=backend)
+            out = ops.quantile_loss(theta, targets, drawn, mask, backend=backend)
+            means, shape = ops.mean_shape(agents, backend=backend)
+            grads = torch.autograd.grad(out.loss + means.sum() + shape.square().sum(), [theta, agents])
+            return [drawn, out.loss.detach(), out.row_losses, means.detach(), shape.detach(), *grads]
+
+        compare(f"quantile {rows}x{n}x{n_targets} {setting.name}", run)
+
+
 def recurrent(setting: cases.Setting) -> None:
     networks = baselines.load("networks")
     for episodes, agents, steps, inputs, hidden in ((1, 1, 1, 3, 64), (5, 3, 7, 13, 64), (11, 3, 4, 17, 32)):
@@ -152,6 +171,7 @@ CHECKS: dict[str, Callable[[cases.Setting], None]] = {
     "returns": returns,
     "select": select,
     "td_loss": td_loss,
+    "quantile": quantile,
     "recurrent": recurrent,
     "monotonic": monotonic,
     "optimise": optimise,

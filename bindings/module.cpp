@@ -9,6 +9,7 @@ namespace fastmix::bindings {
 void register_monotonic(py::module_& m);
 void register_optimise(py::module_& m);
 void register_prey(py::module_& m);
+void register_quantile(py::module_& m);
 void register_recurrent(py::module_& m);
 void register_returns(py::module_& m);
 void register_select(py::module_& m);
@@ -35,6 +36,7 @@ PYBIND11_MODULE(_core, m) {
   fastmix::bindings::register_monotonic(m);
   fastmix::bindings::register_optimise(m);
   fastmix::bindings::register_prey(m);
+  fastmix::bindings::register_quantile(m);
   fastmix::bindings::register_recurrent(m);
   fastmix::bindings::register_returns(m);
   fastmix::bindings::register_select(m);

@@ -56,9 +56,29 @@ class Workspace:
 compiler: str
 cuda: bool
 
+def fractions_cuda_float32(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, /) -> None: ...
+def fractions_cuda_float64(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, /) -> None: ...
+def fractions_float32(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, /) -> None: ...
+def fractions_float64(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, /) -> None: ...
 def isa() -> str:
     """Instruction set in use: 'avx512', 'avx2' or 'baseline'."""
 
+def mean_shape_backward_cuda_float32(
+    arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: int, arg6: int, /
+) -> None: ...
+def mean_shape_backward_cuda_float64(
+    arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: int, arg6: int, /
+) -> None: ...
+def mean_shape_backward_float32(
+    arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: int, arg6: int, /
+) -> None: ...
+def mean_shape_backward_float64(
+    arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: int, arg6: int, /
+) -> None: ...
+def mean_shape_cuda_float32(arg0: tuple, arg1: int, arg2: tuple, arg3: int, arg4: int, arg5: int, /) -> None: ...
+def mean_shape_cuda_float64(arg0: tuple, arg1: int, arg2: tuple, arg3: int, arg4: int, arg5: int, /) -> None: ...
+def mean_shape_float32(arg0: tuple, arg1: int, arg2: tuple, arg3: int, arg4: int, arg5: int, /) -> None: ...
+def mean_shape_float64(arg0: tuple, arg1: int, arg2: tuple, arg3: int, arg4: int, arg5: int, /) -> None: ...
 def monotonic_backward(
     arg0: Sequence[int],
     arg1: Sequence[int],
@@ -218,6 +238,106 @@ def optimise_float64(
     arg12: float,
     arg13: float,
     arg14: int,
+    /,
+) -> None: ...
+def quantile_loss_cuda_float32(
+    arg0: tuple,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: tuple,
+    arg5: int,
+    arg6: tuple,
+    arg7: int,
+    arg8: tuple,
+    arg9: int,
+    arg10: tuple,
+    arg11: int,
+    arg12: tuple,
+    arg13: float,
+    arg14: float,
+    arg15: int,
+    arg16: int,
+    arg17: int,
+    arg18: int,
+    arg19: int,
+    arg20: int,
+    arg21: int,
+    arg22: int,
+    /,
+) -> None: ...
+def quantile_loss_cuda_float64(
+    arg0: tuple,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: tuple,
+    arg5: int,
+    arg6: tuple,
+    arg7: int,
+    arg8: tuple,
+    arg9: int,
+    arg10: tuple,
+    arg11: int,
+    arg12: tuple,
+    arg13: float,
+    arg14: float,
+    arg15: int,
+    arg16: int,
+    arg17: int,
+    arg18: int,
+    arg19: int,
+    arg20: int,
+    arg21: int,
+    arg22: int,
+    /,
+) -> None: ...
+def quantile_loss_float32(
+    arg0: tuple,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: tuple,
+    arg5: int,
+    arg6: tuple,
+    arg7: int,
+    arg8: tuple,
+    arg9: int,
+    arg10: tuple,
+    arg11: int,
+    arg12: tuple,
+    arg13: float,
+    arg14: float,
+    arg15: int,
+    arg16: int,
+    arg17: int,
+    arg18: int,
+    arg19: int,
+    arg20: int,
+    /,
+) -> None: ...
+def quantile_loss_float64(
+    arg0: tuple,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: tuple,
+    arg5: int,
+    arg6: tuple,
+    arg7: int,
+    arg8: tuple,
+    arg9: int,
+    arg10: tuple,
+    arg11: int,
+    arg12: tuple,
+    arg13: float,
+    arg14: float,
+    arg15: int,
+    arg16: int,
+    arg17: int,
+    arg18: int,
+    arg19: int,
+    arg20: int,
     /,
 ) -> None: ...
 def recurrent_backward(

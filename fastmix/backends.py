@@ -27,7 +27,7 @@ NAMES: Final = ("reference", "native", "triton", "cudnn")
 TABLE: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     **{
         op: {"cpu": ("native", "reference"), "cuda": ("native", "reference")}
-        for op in ("select", "returns", "td_loss", "optimise")
+        for op in ("select", "returns", "td_loss", "quantile", "optimise")
     },
     # On the CPU Triton only interprets, for tests, and "cudnn" is PyTorch's own GRU; neither is ever chosen there.
     "monotonic": {"cpu": ("native", "reference", "triton"), "cuda": ("native", "triton", "reference")},

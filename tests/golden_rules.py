@@ -28,7 +28,7 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 PENDING: Mapping[str, str] = {
     "resz.*": "arrives with ResZ",
-    "dfac.*": "arrives with DDN and DMIX",
+    **{f"dfac.{kind}": "arrives with DDN and DMIX" for kind in ("ddn", "dmix", "learner")},
     "refil.*": "arrives with REFIL",
 }
 """Kinds (as `label` names them) that are not implemented yet, and with what they come."""
@@ -305,6 +305,18 @@ def check_agent_step(golden: Golden, setting: Setting) -> None:
     q, h = agent(*(inputs[name].reshape(-1, inputs[name].shape[-1]) for name in ("inputs", "hidden")))
     q, h = q.view(golden.outputs["q"].shape), h.view(golden.outputs["h"].shape)
     compare(golden, setting, {"q": q, "h": h}, agent, inputs)
+
+
+def check_iqn_agent(golden: Golden, setting: Setting) -> None:
+    from tests import golden_quantile
+
+    golden_quantile.check_agent(golden, setting)
+
+
+def check_quantile_loss(golden: Golden, setting: Setting) -> None:
+    from tests import golden_quantile
+
+    golden_quantile.check_loss(golden, setting)
 
 
 # -------------------------------------------------------------------------------------------------------------- returns
@@ -803,6 +815,8 @@ RULES: Mapping[str, Rule] = {
     "agent/ff": _rule(check_agent),
     "resq.rnn_agent": _rule(check_agent_step, "recurrent"),
     "resq.central_rnn_agent": _rule(check_agent_step, "recurrent"),
+    "dfac.iqn_agent": _rule(check_iqn_agent, "recurrent"),
+    "dfac.quantile_huber": _rule(check_quantile_loss, "quantile"),
     "returns": _rule(check_returns, "returns"),
     "returns_q": _rule(check_returns, "returns"),
     "common.td_lambda": _rule(check_returns, "returns"),

@@ -225,6 +225,7 @@ SMALL_CASES = [
     pytest.param(lambda: cases.select(4, 5, 3, 6), id="select"),
     pytest.param(lambda: cases.select(4, 5, 3, 6, train=True), id="select training"),
     pytest.param(lambda: cases.td_loss(4, 9), id="td_loss"),
+    pytest.param(lambda: cases.quantile(4, 9, 5), id="quantile"),
 ]
 
 
@@ -266,7 +267,7 @@ def test_products_of_recurrent_are_the_listed_ones(T: int) -> None:
 
 def test_memory_of_training_is_measured_in_processes_of_their_own() -> None:
     rows, A, E = 512, SHAPES["3m"].n_agents, 32
-    result = table.memory("3m", rows, threads=1)
+    result = table.memory("monotonic", threads=1, shape="3m", rows=rows)
     memory = result["memory"]
     assert list(memory) == ["ours", "eager"]
     assert memory["eager"]["saved_bytes"] > 2 * rows * A * E * 4  # generated weights, before and after abs

@@ -79,6 +79,7 @@ def test_highest_precision_takes_the_faster_way() -> None:
 def test_bytes_of_small_ops() -> None:
     assert bounds.returns_bytes(2, 3) == 4 * (3 * 2 * 3 + 2 * 4 + 2 * 3)
     assert bounds.td_loss_bytes(7) == 4 * 7 * 5
+    assert bounds.quantile_bytes(7, 8) == 4 * 7 * (6 * 8 + 2)
     # 6 steps of 2 agents, 3 actions: utilities, availability, action, target row (12 bytes), 3 values, greedy, flag.
     assert bounds.select_bytes(12, 2, 3, False) == 12 * (12 + 3 + 8 + 12 + 12 + 8) + 6
     assert bounds.select_bytes(12, 2, 18, True) - bounds.select_bytes(12, 2, 18, False) == 12 * (4 + 72 + 8)
@@ -202,7 +203,13 @@ def test_rotating_calls_take_turns() -> None:
 
 def test_contestants_on_several_sets_of_inputs_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases.Setting, "sets", lambda self, n_bytes: 3)
-    for case in (cases.returns(2, 5), cases.select(2, 3, 2, 4, True), cases.td_loss(2, 5), cases.monotonic("3m", 4)):
+    for case in (
+        cases.returns(2, 5),
+        cases.select(2, 3, 2, 4, True),
+        cases.td_loss(2, 5),
+        cases.quantile(2, 5, 3),
+        cases.monotonic("3m", 4),
+    ):
         ours, eager = case.contestants["ours"], case.contestants["eager"]
         assert isinstance(ours, Rotating) and len(ours.calls) == 3
         results = [[flat(call()) for _ in range(3)] for call in (ours, eager)]

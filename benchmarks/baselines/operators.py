@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .networks import CellAgent
 
@@ -56,6 +57,17 @@ def td_loss_steps(qs: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Te
     mask = mask.expand_as(td_error)
     masked_td_error = td_error * mask
     return (masked_td_error**2).sum() / mask.sum(), masked_td_error.detach()
+
+
+def quantile_huber_steps(theta: Tensor, targets: Tensor, fractions: Tensor, mask: Tensor) -> Tensor:
+    """Quantile Huber loss (kappa 1) of ``[B, T, G, N]`` against ``[B, T, G, N']`` by all pairs, over live rows."""
+    targets = targets.detach().unsqueeze(3)
+    error = targets - theta.unsqueeze(4)
+    weight = (fractions.unsqueeze(4) - (error.detach() <= 0).to(theta.dtype)).abs()
+    huber = F.smooth_l1_loss(theta.unsqueeze(4).expand_as(error), targets.expand_as(error), reduction="none")
+    rows = (weight * huber).mean(dim=4).sum(dim=3)
+    mask = mask.expand_as(rows)
+    return (rows * mask).sum() / mask.sum()
 
 
 def cell_loop(agent: Callable[..., tuple[Tensor, Tensor]], inputs: Tensor, hidden_dim: int = 64) -> Tensor:

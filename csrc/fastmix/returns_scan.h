@@ -4,13 +4,8 @@
 
 #include <cstdint>
 
+#include "fastmix/device.h"
 #include "fastmix/returns.h"
-
-#if defined(__CUDACC__)
-#define FASTMIX_ON_DEVICE __host__ __device__
-#else
-#define FASTMIX_ON_DEVICE
-#endif
 
 namespace fastmix::FASTMIX_ISA {
 

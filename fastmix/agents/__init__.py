@@ -4,6 +4,7 @@ from typing import Final
 
 from fastmix.agents.base import Agent
 from fastmix.agents.feed_forward import FFAgent
+from fastmix.agents.iqn import IQNRNNAgent
 from fastmix.agents.rnn import CentralRNNAgent, NRNNAgent, RNNAgent
 
 REGISTRY: Final[dict[str, type[Agent]]] = {
@@ -11,6 +12,7 @@ REGISTRY: Final[dict[str, type[Agent]]] = {
     "n_rnn": NRNNAgent,
     "ff": FFAgent,
     "central_rnn": CentralRNNAgent,
+    "iqn_rnn": IQNRNNAgent,
 }
 
-__all__ = ["REGISTRY", "Agent", "CentralRNNAgent", "FFAgent", "NRNNAgent", "RNNAgent"]
+__all__ = ["REGISTRY", "Agent", "CentralRNNAgent", "FFAgent", "IQNRNNAgent", "NRNNAgent", "RNNAgent"]

@@ -3,6 +3,7 @@
 from fastmix.ops.attention import attention
 from fastmix.ops.duplex import duplex, importance, recognise
 from fastmix.ops.monotonic import monotonic
+from fastmix.ops.quantile import fractions, mean_shape, midpoints, quantile_loss, quantile_mix
 from fastmix.ops.recurrent import recurrent
 from fastmix.ops.returns import returns
 from fastmix.ops.select import select
@@ -12,8 +13,13 @@ from fastmix.ops.unrestricted import unrestricted
 __all__ = [
     "attention",
     "duplex",
+    "fractions",
     "importance",
+    "mean_shape",
+    "midpoints",
     "monotonic",
+    "quantile_loss",
+    "quantile_mix",
     "recognise",
     "recurrent",
     "returns",

@@ -88,6 +88,24 @@ def check_action_range(actions: Tensor, n_actions: int) -> None:
         raise ValueError(f"actions must lie in [-1, {n_actions}), got {low if low < -1 else high}")
 
 
+def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of ``shape`` can be expanded to ``to``."""
+    aligned = (1,) * (len(to) - len(shape)) + tuple(shape)
+    return len(aligned) == len(to) and all(size in (1, whole) for size, whole in zip(aligned, to, strict=True))
+
+
+def scalar_like(name: str, value: Tensor | float, like: Tensor, like_name: str) -> Tensor:
+    """``value`` as a 0-dim constant in the dtype and on the device of ``like``; raise where a tensor is not that."""
+    if not isinstance(value, Tensor):
+        return torch.full((), float(value), dtype=like.dtype, device=like.device)  # filled there, not copied there
+    if value.numel() != 1 or value.device != like.device:
+        raise ValueError(
+            f"{name} must be a number or a tensor of one number on the device of {like_name} ({like.device}),"
+            f" got shape {tuple(value.shape)} on {value.device}"
+        )
+    return value.detach().reshape(()).to(like.dtype)
+
+
 def autocast_enabled(tensor: Tensor) -> bool:
     """Whether autocast is on for the device of ``tensor``."""
     device = tensor.device.type

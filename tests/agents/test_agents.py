@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastmix
 from fastmix import backends
-from fastmix.agents import REGISTRY, Agent, CentralRNNAgent, FFAgent, NRNNAgent, RNNAgent
+from fastmix.agents import REGISTRY, Agent, CentralRNNAgent, FFAgent, IQNRNNAgent, NRNNAgent, RNNAgent
 from fastmix.mixers import load_pymarl
 from fastmix.testing import assert_close, rms_ratio
 from tests.generators import non_contiguous
@@ -28,6 +28,7 @@ FORMS = {
     "mlp": lambda: RNNAgent(N_IN, U, D, use_rnn=False),
     "ff": lambda: FFAgent(N_IN, U, D),
     "central": lambda: CentralRNNAgent(N_IN, U, D, central_action_embed=2),
+    "iqn": lambda: IQNRNNAgent(N_IN, U, D, quantile_embed_dim=6),
 }
 
 
@@ -151,6 +152,8 @@ def test_keys_are_those_of_the_public_code() -> None:
     assert set(FORMS["mlp"]().state_dict()) == linear | {"rnn.weight", "rnn.bias"}
     assert set(FORMS["ff"]().state_dict()) == linear | {"fc3.weight", "fc3.bias"}
     assert set(FORMS["central"]().state_dict()) == linear | gru
+    phi = {"phi.weight", "phi.bias"}
+    assert set(FORMS["iqn"]().state_dict()) == linear | gru | phi
     assert FORMS["central"]().state_dict()["fc2.weight"].shape == (U * 2, D)
     count = sum(p.numel() for p in FORMS["rnn"]().parameters())
     assert count == (N_IN + 1) * D + 6 * D * D + 6 * D + (D + 1) * U
@@ -161,7 +164,7 @@ def test_from_args() -> None:
     assert RNNAgent.from_args(N_IN, args).layer_norm is None  # PyMARL's `rnn` does not know the field
     assert NRNNAgent.from_args((N_IN,), args).layer_norm is not None
     assert FFAgent.from_args(N_IN, args).fc1.in_features == N_IN
-    assert REGISTRY.keys() >= {"rnn", "n_rnn", "ff", "central_rnn"}
+    assert REGISTRY.keys() >= {"rnn", "n_rnn", "ff", "central_rnn", "iqn_rnn"}
     with pytest.raises(ValueError, match="central_action_embed"):
         CentralRNNAgent.from_args(N_IN, args)
     wide = SimpleNamespace(**vars(args), central_action_embed=3, central_rnn_hidden_dim=99)

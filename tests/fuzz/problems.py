@@ -214,8 +214,39 @@ def td_loss(draw: Draw) -> None:
     _compare(draw, [qs, *([] if residual is None else [residual])], run)
 
 
+def quantile(draw: Draw) -> None:
+    """The loss with any kappa, weights and broadcast fractions; the split of agents' distributions; fractions."""
+    episodes, steps, groups = draw.size("episodes", 9), draw.size("steps", 20), draw.size("groups", 4)
+    n, n_targets = draw.size("quantiles", 40), draw.size("targets", 40)
+    mask, _ = draw.live(episodes, steps)
+    mask[0, 0] = 1
+    theta = draw.tensor(episodes, steps, groups, n).clone()
+    targets = draw.tensor(episodes, steps, draw.choice("target_groups", [1, groups]), n_targets)
+    if draw.flag("poisoned_padding"):
+        poison = draw.choice("poison", [float("nan"), float("inf")])
+        theta, targets = (torch.where(mask.unsqueeze(-1) != 0, tensor, poison) for tensor in (theta, targets))
+    theta.requires_grad_()
+    taus = torch.sigmoid(draw.tensor(*draw.choice("fractions", [(n,), (steps, 1, n), (episodes, steps, groups, n)])))
+    weights = draw.tensor(*draw.choice("weights", [(groups,), (episodes, 1, 1), (episodes, steps, groups)])).abs()
+    weighted, kappa = draw.flag("weighted"), draw.choice("kappa", [1.0, 0.0, 0.1, 3.0])
+    wide_mask = mask.expand(-1, -1, groups) if draw.flag("wide_mask") else mask
+    normaliser = draw.tensor().abs() + 1 if draw.flag("normaliser") else None
+    agents = draw.tensor(*[draw.size(f"dim{i}", 7, 0) for i in range(draw.size("dims", 3, 0))], groups, n, grad=True)
+    key, stream = draw.integers(-(2**62), 2**62, 2), draw.size("stream", 99, 0)
+
+    def run(backend: str) -> Any:
+        loss = ops.quantile_loss(
+            theta, targets, taus, wide_mask, kappa=kappa, weights=weights if weighted else None, normaliser=normaliser,
+            backend=backend,
+        )  # fmt: skip
+        drawn = ops.fractions((steps, n), key, stream=stream, dtype=draw.dtype, backend=backend)
+        return [*loss, *ops.mean_shape(agents, backend=backend), drawn]
+
+    _compare(draw, [theta, agents], run)
+
+
 PROBLEMS: dict[str, Callable[[Draw], None]] = {
-    problem.__name__: problem for problem in (select, returns, monotonic, recurrent, td_loss)
+    problem.__name__: problem for problem in (select, returns, monotonic, recurrent, td_loss, quantile)
 }
 
 

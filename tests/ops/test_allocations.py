@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmix import backends
-from fastmix.ops import monotonic, recurrent, returns, select, td_loss
+from fastmix.ops import fractions, mean_shape, monotonic, quantile_loss, recurrent, returns, select, td_loss
 from fastmix.ops.td_loss import Favoured
 from fastmix.testing import assert_close, poisoned_allocations
 from tests.generators import Shape, episodes, monotonic_params, recurrent_params
@@ -44,6 +44,13 @@ def run_td_loss(backend: str) -> tuple[list[Tensor], list[Tensor]]:
     return [o for o in loss if o is not None], inputs
 
 
+def run_quantile(backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    inputs = [torch.randn(4, 7, 3, 9, requires_grad=True) for _ in range(2)]
+    drawn = fractions((4, 7, 1, 9), torch.tensor([1, 2]), backend=backend)
+    loss = quantile_loss(inputs[0], torch.randn(4, 7, 1, 5), drawn, episodes(SHAPE, 4, 7).mask, backend=backend)
+    return [*loss, *mean_shape(inputs[1], backend=backend), drawn], inputs
+
+
 def run_monotonic(backend: str) -> tuple[list[Tensor], list[Tensor]]:
     params = monotonic_params(SHAPE, embed=33)
     qs, states = torch.randn(29, 3, requires_grad=True), torch.randn(29, 17, requires_grad=True)
@@ -60,7 +67,7 @@ def run_recurrent(backend: str) -> tuple[list[Tensor], list[Tensor]]:
 
 
 OPS: dict[str, Callable[[str], tuple[list[Tensor], list[Tensor]]]] = {
-    "select": run_select, "returns": run_returns, "td_loss": run_td_loss,
+    "select": run_select, "returns": run_returns, "td_loss": run_td_loss, "quantile": run_quantile,
     "monotonic": run_monotonic, "recurrent": run_recurrent,
 }  # fmt: skip
 

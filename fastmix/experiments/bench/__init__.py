@@ -20,7 +20,7 @@ import torch
 
 from fastmix.testing.shapes import SHAPES
 
-OPS = ("monotonic", "recurrent", "returns", "select", "td_loss")
+OPS = ("monotonic", "quantile", "recurrent", "returns", "select", "td_loss")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 BASELINES = ("eager", "compile", "autotune", "whole")
@@ -299,6 +299,9 @@ def _planned_ops(args: argparse.Namespace) -> Iterator[Any]:
                     yield Planned(partial(cases.acting, shape, rows, setting))
             elif op == "recurrent":
                 yield Planned(partial(cases.recurrent, shape, train, setting, compiled))
+            elif op == "quantile":
+                for n in (8, 32):
+                    yield Planned(partial(cases.quantile, sizes.batch_size, sizes.steps, n, setting, compiled))
             elif op == "returns":
                 yield Planned(partial(cases.returns, sizes.batch_size, sizes.steps, setting))
             elif op == "select":

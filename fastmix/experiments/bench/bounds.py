@@ -141,6 +141,11 @@ def td_loss_bytes(entries: int, item: int = 4) -> int:
     return item * 5 * entries
 
 
+def quantile_bytes(rows: int, n: int, item: int = 4) -> int:
+    """Quantiles, targets, fractions and mask, read; rows' losses and gradient, written, and both again in backward."""
+    return item * rows * (6 * n + 2)
+
+
 class _Product:
     """One matrix product into kept memory."""
 

@@ -485,8 +485,55 @@ def td_loss(episodes: int, steps: int, setting: Setting = FLOAT32) -> Case:
     )
 
 
-def monotonic_memory(shape: str, rows: int, threads: int) -> dict[str, dict[str, int | None]]:
-    """Memory of `monotonic` training, ours and eager, each measured in a process of its own.
+def quantile(episodes: int, steps: int, n: int, setting: Setting = FLOAT32, compiled: Sequence[str] = ()) -> Case:
+    """Pairwise quantile Huber loss of ``n`` quantiles of a joint value against as many targets, and its gradient."""
+    torch.manual_seed(_SEED)
+    operators = baselines.load("operators")
+    one = torch.ones((), dtype=setting.dtype, device=setting.device)
+    n_bytes = bounds.quantile_bytes(episodes * steps, n, setting.dtype.itemsize)
+    public = {"eager": operators.quantile_huber_steps}
+    public |= _compilations(operators.quantile_huber_steps, compiled)
+
+    def ours(inputs: tuple[Tensor, ...], backend: str | None = None) -> Tensor:
+        return ops.quantile_loss(*inputs, backend=backend).loss
+
+    def results(call: Callable[[tuple[Tensor, ...]], Tensor], inputs: tuple[Tensor, ...]) -> Results:
+        loss = call(inputs)
+        return [loss], [torch.autograd.grad(loss, inputs[0])[0]]
+
+    sets = [_quantile_inputs(episodes, steps, n, setting) for _ in range(setting.sets(n_bytes))]
+    calls = {"ours": ours} | {name: (lambda inputs, call=call: call(*inputs)) for name, call in public.items()}
+    contestants = _rotated(
+        [
+            _passes({name: partial(call, inputs) for name, call in calls.items()}, [inputs[0]], one, True, setting)
+            for inputs in sets
+        ]
+    )
+    return Case(
+        "quantile",
+        "forward+backward",
+        f"{episodes}x{steps}x{n}",
+        {"episodes": episodes, "steps": steps, "quantiles": n},
+        contestants,
+        compared(
+            {name: partial(results, calls[name], sets[0]) for name in ("ours", "eager")},
+            lambda: results(partial(ours, backend="reference"), _doubled(sets[0])),
+        ),
+        setting.tolerance,
+        setting=setting,
+        captured=("ours", "eager", *COMPILERS),
+        floor=lambda ceilings: n_bytes / ceilings.bandwidth,
+        backend=_backend("quantile", setting, contestants["ours"]),
+    )
+
+
+def memory(op: str, threads: int, **sizes: Any) -> dict[str, dict[str, int | None]]:
+    """Memory of training with ``op``, ours and eager, each measured in a process of its own.
+
+    Args:
+        op: ``"monotonic"`` (``shape``, ``rows``) or ``"quantile"`` (``episodes``, ``steps``, ``n``).
+        threads: of torch.
+        **sizes: of the problem.
 
     Returns:
         contestant -> ``peak_bytes``, growth of the resident set in forward and backward, and ``saved_bytes``, what
@@ -496,7 +543,7 @@ def monotonic_memory(shape: str, rows: int, threads: int) -> dict[str, dict[str,
     result = {}
     for contestant in ("ours", "eager"):
         with context.Pool(1) as pool:
-            result[contestant] = pool.apply(_memory, (contestant, shape, rows, threads))
+            result[contestant] = pool.apply(_memory, (op, contestant, threads, sizes))
     return result
 
 
@@ -600,7 +647,7 @@ def _gradient_of_chosen(call: Callable[[], Any], agent_qs: Tensor, cotangent: Te
     return lambda: torch.autograd.grad(call().chosen_qs, agent_qs, cotangent)
 
 
-def _compilations(module: nn.Module, names: Sequence[str]) -> dict[str, Callable[..., Any]]:
+def _compilations(module: Callable[..., Any], names: Sequence[str]) -> dict[str, Callable[..., Any]]:
     """``module`` under ``torch.compile``, once for each of `COMPILERS` that is named."""
     unknown = set(names) - set(COMPILERS)
     if unknown:
@@ -735,25 +782,61 @@ def _leaves64(params: Iterable[Tensor | None]) -> list[Any]:
     return [None if p is None else p.detach().double().requires_grad_() for p in params]
 
 
-def _memory(contestant: str, shape: str, rows: int, threads: int) -> dict[str, int | None]:
+def _quantile_inputs(episodes: int, steps: int, n: int, setting: Setting) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = (episodes, steps, 1, n)
+    fractions = torch.rand(shape, dtype=setting.dtype, device=setting.device)
+    theta = setting.new(*shape, requires_grad=True)
+    return theta, setting.new(*shape), fractions, ragged_mask(episodes, steps, setting)[0]
+
+
+class _Training(NamedTuple):
+    forward: Callable[[], Tensor]
+    inputs: Sequence[Tensor]
+    leaves: Sequence[Tensor]
+    cotangent: Tensor
+
+    def run(self) -> object:
+        return torch.autograd.grad(self.forward(), self.leaves, self.cotangent)
+
+
+def _monotonic_training(contestant: str, shape: str, rows: int) -> _Training:
+    mixer = _mixer(shape, FLOAT32)
+    agent_qs, states = _mixing_inputs(shape, rows, FLOAT32)
+    params, leaves = mixing_params(mixer), [agent_qs, *mixer.parameters()]
+
+    def forward() -> Tensor:
+        if contestant == "ours":
+            return ops.monotonic(agent_qs, states, params)
+        q_tot: Tensor = mixer(agent_qs.view(rows, 1, -1), states.view(rows, 1, -1))
+        return q_tot.view(rows, 1)
+
+    return _Training(forward, [*leaves, states], leaves, torch.randn(rows, 1))
+
+
+def _quantile_training(contestant: str, episodes: int, steps: int, n: int) -> _Training:
+    inputs, operators = _quantile_inputs(episodes, steps, n, FLOAT32), baselines.load("operators")
+
+    def forward() -> Tensor:
+        loss: Tensor = (
+            ops.quantile_loss(*inputs).loss if contestant == "ours" else operators.quantile_huber_steps(*inputs)
+        )
+        return loss
+
+    return _Training(forward, inputs, inputs[:1], torch.ones(()))
+
+
+_TRAININGS: Final[Mapping[str, tuple[Callable[..., _Training], Mapping[str, int]]]] = {
+    "monotonic": (_monotonic_training, {"rows": 64}),
+    "quantile": (_quantile_training, {"episodes": 2, "steps": 3}),
+}
+"""What `memory` measures, and the sizes it starts with to load libraries, thread pools and their workspaces"""
+
+
+def _memory(op: str, contestant: str, threads: int, sizes: dict[str, Any]) -> dict[str, int | None]:
     torch.set_num_threads(threads)
-
-    def build(n_rows: int) -> tuple[Callable[[], Tensor], list[Tensor], Callable[[], object]]:
-        mixer = _mixer(shape, FLOAT32)
-        agent_qs, states = _mixing_inputs(shape, n_rows, FLOAT32)
-        params, leaves = mixing_params(mixer), [agent_qs, *mixer.parameters()]
-
-        def forward() -> Tensor:
-            if contestant == "ours":
-                return ops.monotonic(agent_qs, states, params)
-            q_tot: Tensor = mixer(agent_qs.view(n_rows, 1, -1), states.view(n_rows, 1, -1))
-            return q_tot.view(n_rows, 1)
-
-        cotangent = torch.randn(n_rows, 1)
-        return forward, [*leaves, states], lambda: torch.autograd.grad(forward(), leaves, cotangent)
-
-    build(64)[2]()  # libraries, thread pools and their workspaces
-    forward, inputs, training = build(rows)
-    peak = peak_memory(training)
+    build, small = _TRAININGS[op]
+    build(contestant, **{**sizes, **small}).run()
+    training = build(contestant, **sizes)
+    peak = peak_memory(training.run)
     gc.collect()
-    return {"peak_bytes": peak, "saved_bytes": saved_bytes(forward, inputs)}
+    return {"peak_bytes": peak, "saved_bytes": saved_bytes(training.forward, list(training.inputs))}

@@ -11,39 +11,45 @@ from fastmix.experiments.bench.report import Effort, Planned
 
 SHAPES = ("3m", "5m_vs_6m", "MMM2", "27m_vs_30m")
 ROWS = 15_360
-MEMORY_GOAL = 3.0
+MEMORY_GOALS = {"monotonic": 3.0, "quantile": 10.0}
 """eager's peak memory over ours"""
 
 
 def run(effort: Effort, threads: int, compiled: bool = True) -> list[dict[str, Any]]:
     """All entries in float32; ``compiled`` includes ``torch.compile`` (half of the time goes into compiling)."""
     results = report.run(_monotonic(compiled), effort)
-    results.append(memory("MMM2", ROWS, threads))
+    results.append(memory("monotonic", threads, shape="MMM2", rows=ROWS))
+    results.append(memory("quantile", threads, episodes=128, steps=120, n=32))
     return results + report.run([*_recurrent(), *_small_ops(), *_steps(compiled)], effort)
 
 
-def memory(shape: str, rows: int, threads: int) -> dict[str, Any]:
-    """Peak memory of `monotonic` training against eager; `cases.monotonic_memory` says how it is measured."""
-    case = cases.monotonic(shape, rows, compiled=())
+def memory(op: str, threads: int, **sizes: Any) -> dict[str, Any]:
+    """Peak memory of training with ``op`` against eager; `cases.memory` says how it is measured, and what sizes are."""
+    case = getattr(cases, op)(**sizes, compiled=())
     compared = report.parity(*case.measured_errors())
     passed = compared["passed"]
-    print(f"monotonic memory {shape} rows={rows}", end=" ", file=sys.stderr, flush=True)
-    measured = cases.monotonic_memory(shape, rows, threads) if passed else {}
+    print(
+        f"{op} memory {' '.join(f'{key}={value}' for key, value in sizes.items())}",
+        end=" ",
+        file=sys.stderr,
+        flush=True,
+    )
+    measured = cases.memory(op, threads, **sizes) if passed else {}
     ours, eager = (measured.get(name, {}).get("peak_bytes") for name in ("ours", "eager"))
     ratios = {"eager": round(eager / ours, 3)} if ours and eager else {}
     print(ratios, file=sys.stderr, flush=True)
     return {
-        "op": "monotonic",
+        "op": op,
         "phase": "peak memory",
-        "shape": shape,
-        "sizes": {"rows": rows},
+        "shape": case.shape,
+        "sizes": case.sizes,
         "precision": case.setting.name,
         "note": "growth of the resident set during forward and backward, in a process of its own",
         "parity": compared,
         "contestants": {},
         "memory": measured,
         "ratios": ratios,
-        **report.judge(ratios, {"eager": MEMORY_GOAL}),
+        **report.judge(ratios, {"eager": MEMORY_GOALS[op]}),
     }
 
 
@@ -80,6 +86,7 @@ def _small_ops() -> list[Planned]:
         Planned(partial(cases.select, 128, 120, 10, 18), {"eager": 4.0}),
         Planned(partial(cases.select, 128, 120, 10, 18, train=True)),
         *(Planned(partial(cases.td_loss, *sizes)) for sizes in ((32, 120), (128, 400))),
+        *(Planned(partial(cases.quantile, 128, 120, n), {"eager": least}) for n, least in ((8, 5.0), (32, 20.0))),
     ]
 
 

@@ -92,6 +92,8 @@ def _small() -> Iterator[Planned]:
             yield Planned(partial(cases.select, *sizes, False, HIGHEST), goals)
             yield Planned(partial(cases.select, *sizes, True, HIGHEST), goals)
         yield Planned(partial(cases.td_loss, episodes, length, HIGHEST), goals)
+    for n in (8, 32):
+        yield Planned(partial(cases.quantile, 128, 120, n, HIGHEST), {"eager": 10.0})
 
 
 def _compile() -> Iterator[Planned]:
@@ -100,6 +102,8 @@ def _compile() -> Iterator[Planned]:
     for shape, rows in _MIXED:
         yield Planned(partial(cases.monotonic, shape, rows, True, HIGH, ("compile",)), {"compile graph": 2.5})
     yield Planned(partial(cases.recurrent, "MMM2", True, HIGH, ("compile",), 32, 60))
+    for n in (8, 32):
+        yield Planned(partial(cases.quantile, 128, 120, n, HIGHEST, ("compile",)), {"compile": 3.0})
     yield _compiled_step("3m", "compile")
 
 

@@ -68,7 +68,7 @@ def td_loss(
     if mask.dtype is not qs.dtype:
         mask = mask.to(qs.dtype)
     if normaliser is not None:
-        normaliser = _scalar(normaliser, qs)
+        normaliser = _checks.scalar_like("normaliser", normaliser, qs, "qs")
     run = native.td_loss if backends.resolve("td_loss", qs, backend) == "native" else reference.td_loss
     return run(qs, targets, mask, weights, residual, favoured, scale, normaliser)
 
@@ -107,17 +107,6 @@ def _checked(favoured: Favoured, qs: Tensor) -> Favoured:
     )  # fmt: skip
 
 
-def _scalar(normaliser: Tensor | float, qs: Tensor) -> Tensor:
-    if not isinstance(normaliser, Tensor):
-        return torch.full((), float(normaliser), dtype=qs.dtype, device=qs.device)  # filled there, not copied there
-    if normaliser.numel() != 1 or normaliser.device != qs.device:
-        raise ValueError(
-            f"normaliser must be a number or a tensor of one number on {qs.device},"
-            f" got shape {tuple(normaliser.shape)} on {normaliser.device}"
-        )
-    return normaliser.detach().reshape(()).to(qs.dtype)
-
-
 def _check_tensors(qs: Tensor, targets: Tensor, mask: Tensor, weights: Tensor | None, residual: Tensor | None) -> None:
     _checks.check_tensor("qs", qs)
     _checks.check_floating("qs", qs)
@@ -134,13 +123,8 @@ def _check_tensors(qs: Tensor, targets: Tensor, mask: Tensor, weights: Tensor | 
             raise ValueError(f"{name} must be on the device of qs ({device}), got {tensor.device}")
         if tensor.shape == shape or (tensor.shape == column and name != "residual"):
             continue
-        if name == "weights" and _broadcasts(tensor.shape, shape):
+        if name == "weights" and _checks.broadcasts(tensor.shape, shape):
             continue
         wanted = {"weights": "a shape that broadcasts to [B, T, K]", "residual": "shape [B, T, K]"}
         meaning = wanted.get(name, "shape [B, T, K] or [B, T, 1]")
         raise ValueError(f"{name} must have {meaning} with [B, T, K] = {tuple(shape)}, got {tuple(tensor.shape)}")
-
-
-def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
-    aligned = (1,) * (len(to) - len(shape)) + tuple(shape)
-    return len(aligned) == len(to) and all(size in (1, whole) for size, whole in zip(aligned, to, strict=True))
