@@ -1,4 +1,4 @@
-"""Memory of what forward keeps for backward."""
+"""Memory of what forward keeps for backward, on the CPU, uninitialised."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ _SMALL = 1 << 20
 
 
 def kept(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory on the CPU; much of it comes out of the core's pool, which takes it back in the end.
+    """Out of the core's pool where it is much, see `from_pool`."""
+    small = math.prod(shape) * dtype.itemsize <= _SMALL
+    return torch.empty(shape, dtype=dtype) if small else from_pool(shape, dtype)
+
+
+def from_pool(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Out of the core's pool, which takes it back when the last tensor on it is gone.
 
     Allocated anew in each step, tens to hundreds of megabytes would cost more in page faults than the forward pass.
     """
-    numel = math.prod(shape)
-    if numel * dtype.itemsize <= _SMALL:
-        return torch.empty(shape, dtype=dtype)
     from fastmix import _core
 
+    numel = math.prod(shape)
+    if numel == 0:
+        return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(_core.Workspace(numel * dtype.itemsize), dtype=dtype).view(shape)

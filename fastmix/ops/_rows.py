@@ -21,9 +21,9 @@ def layout(tensor: Tensor) -> Rows:
     return tensor.data_ptr(), tensor.shape[-2], outer, inner, column
 
 
-def with_dense_rows(states: Tensor) -> Tensor:
+def with_dense_rows(op: str, states: Tensor) -> Tensor:
     """``states``, or a copy where a row has gaps."""
     if states.stride(-1) == 1:
         return states
-    logger.debug("copied states of shape %s and strides %s", tuple(states.shape), states.stride())
+    logger.debug("%s copies states of shape %s and strides %s", op, tuple(states.shape), states.stride())
     return states.clone(memory_format=torch.contiguous_format)

@@ -86,7 +86,7 @@ def _forward(
     """
     shapes = _shapes(agent_qs, states, actions, depths, wants_v, training, params)
     results = [_memory.kept(shape, states.dtype) for shape in shapes]
-    states, params = with_dense_rows(states), _networks.dense(params)
+    states, params = with_dense_rows("duplex", states), _networks.dense(params)
     networks = _networks.split(params, depths)
     sizes = _sizes(agent_qs, states, actions, networks)
     q_tot, v_tot, adv_tot, hidden, outputs = (result.data_ptr() for result in results)
@@ -117,7 +117,7 @@ def _backward_forward(
     """Gradients of agent_qs, states and the parameters; those not wanted are empty."""
     grad_qs, grad_states, grads = _empty_grads(agent_qs, states, depths, wants, wants_qs, wants_states, params)
     grad_v, grad_adv, grad_weights = (None if g is None else g.contiguous() for g in (grad_v, grad_adv, grad_weights))
-    states, params = with_dense_rows(states), _networks.dense(params)
+    states, params = with_dense_rows("duplex", states), _networks.dense(params)
     networks = _networks.split(params, depths)
     _run_backward(
         states, _sizes(agent_qs, states, actions, networks), *_rows(agent_qs, max_qs, states, actions),

@@ -31,7 +31,11 @@ def _forward(agent_qs: Tensor, states: Tensor, *rest: Any) -> tuple[Tensor, Tens
     from fastmix import _core
 
     params, (positivity, beta, training) = rest[:14], rest[14:]
-    sizes, states, (addresses, kept) = sizes_of(agent_qs, states, params), with_dense_rows(states), dense_params(params)
+    sizes, states, (addresses, kept) = (
+        sizes_of(agent_qs, states, params),
+        with_dense_rows("monotonic", states),
+        dense_params(params),
+    )
     dtype, is_double = agent_qs.dtype, agent_qs.dtype == torch.float64
     q_tot = torch.empty((*agent_qs.shape[:-1], 1), dtype=dtype)
     if not training:
@@ -54,7 +58,11 @@ def _backward_forward(grad_q_tot: Tensor, agent_qs: Tensor, states: Tensor, *res
 
     params, (activations, signs, positivity, beta, wants_qs, wants_states, wants_params) = rest[:14], rest[14:]
     grads = _empty_grads(agent_qs, states, params, wants_qs, wants_states, wants_params)
-    sizes, states, (addresses, kept) = sizes_of(agent_qs, states, params), with_dense_rows(states), dense_params(params)
+    sizes, states, (addresses, kept) = (
+        sizes_of(agent_qs, states, params),
+        with_dense_rows("monotonic", states),
+        dense_params(params),
+    )
     grad_q_tot, is_double = grad_q_tot.contiguous(), agent_qs.dtype == torch.float64
     grad_addresses = [grad.data_ptr() for grad in grads]
     _core.monotonic_backward(

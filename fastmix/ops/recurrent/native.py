@@ -73,7 +73,7 @@ def _forward(
     q = obs.new_empty((episodes, steps, n_agents, outputs))
     after = obs.new_empty((episodes, n_agents, width))
     states = obs.new_empty((episodes, steps, n_agents, width) if return_hidden_states else (0,))
-    saved = _memory.kept((saved_size(obs, network) if save else 0,), obs.dtype)
+    saved = _memory.from_pool((saved_size(obs, network) if save else 0,), obs.dtype)
     if after.numel() > 0:
         _core.recurrent_forward(
             obs.data_ptr(), _address(last_actions), _address(hidden), [_address(p) for p in network], q.data_ptr(),
