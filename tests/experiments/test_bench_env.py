@@ -83,5 +83,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     content = json.loads((tmp_path / "env.json").read_text())
     (speed,) = content["rollouts"]
     assert (speed["copies"], speed["threads"]) == (2, 1) and speed["environment_per_s"] > speed["steps_per_s"] > 0
-    assert main([*words, "--algo", "qatten", "--public"]) == 2
+    assert main([*words, "--algo", "qtran", "--public"]) == 2
     assert "--public needs one of the algorithms" in capsys.readouterr().err
