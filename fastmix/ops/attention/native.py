@@ -63,7 +63,7 @@ def _forward(
     """All of `AttentionOutput`, those not wanted empty; and what backward needs, empty unless ``training``."""
     shapes = _shapes(agent_qs, states, depths, own_size, return_weights, return_statistics, training, params)
     results = [_memory.kept(shape, states.dtype) for shape in shapes]
-    states, params = with_dense_rows(states), _networks.dense(params)
+    states, params = with_dense_rows("attention", states), _networks.dense(params)
     networks = _networks.split(params, depths)
     _run_forward(
         states, *_inputs(agent_qs, states, alive, own_size), _specs(networks, networks, [False] * 3), _kinds(depths),
@@ -98,7 +98,7 @@ def _backward_forward(
         None if grad is None else grad.contiguous()
         for grad in (grad_q_tot, grad_weights, grad_v, grad_squares, grad_entropies)
     ]
-    states, params = with_dense_rows(states), _networks.dense(params)
+    states, params = with_dense_rows("attention", states), _networks.dense(params)
     networks = _networks.split(params, depths)
     _run_backward(
         states, *_inputs(agent_qs, states, alive, own_size), _specs(networks, grads, wants), _kinds(depths),

@@ -41,7 +41,7 @@ def _forward(
     shapes = _shapes(states, actions, depths, training, params)
     q_r, v, hidden, mixed = (_memory.kept(shape, states.dtype) for shape in shapes[:4])
     signs = _memory.kept(shapes[4], torch.uint8)
-    states, params = with_dense_rows(states), _networks.dense(params)
+    states, params = with_dense_rows("recognise", states), _networks.dense(params)
     networks = _networks.split(params, depths)
     _run_forward(
         states, *_inputs(agent_qs, max_qs, states, actions, params), _specs(networks, networks, [False] * 3),
@@ -68,7 +68,7 @@ def _backward_forward(
     """Gradients of states and the parameters; those not wanted are empty."""
     grad_states, grads = _empty_grads(states, depths, wants, wants_states, params)
     grad_q_r, grad_v = (None if grad is None else grad.contiguous() for grad in (grad_q_r, grad_v))
-    states, params = with_dense_rows(states), _networks.dense(params)
+    states, params = with_dense_rows("recognise", states), _networks.dense(params)
     _run_backward(
         states, *_inputs(agent_qs, max_qs, states, actions, params),
         _specs(_networks.split(params, depths), grads, wants),

@@ -39,7 +39,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The joint value, and the hidden features that backward needs, empty unless ``training``."""
     joint, hidden = (_memory.kept(shape, states.dtype) for shape in _shapes(states, depths, training, params))
-    states, params = with_dense_rows(states), _networks.dense(params)
+    states, params = with_dense_rows("unrestricted", states), _networks.dense(params)
     networks = _networks.split(params, depths)
     _run_forward(
         states, *_inputs(features, states, actions, n_actions),
@@ -66,7 +66,7 @@ def _backward_forward(
         features, states, depths, wants, wants_features, wants_states, params
     )
     grad = grad.contiguous()
-    states, params = with_dense_rows(states), _networks.dense(params)
+    states, params = with_dense_rows("unrestricted", states), _networks.dense(params)
     _run_backward(
         states, *_inputs(features, states, actions, n_actions),
         _specs(features, actions, _networks.split(params, depths), grads, wants),
