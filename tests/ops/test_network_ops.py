@@ -141,7 +141,7 @@ def test_rows_with_gaps_are_not_copied(op: str, caplog: pytest.LogCaptureFixture
         assert "copied" not in caplog.text
         problem.states = torch.randn(6, 9, width, 2, dtype=torch.float64)[..., 0].requires_grad_()
         assert_parity(problem)
-        assert "copied states of shape (6, 9" in caplog.text
+        assert "copies states of shape (6, 9" in caplog.text
 
 
 @pytest.mark.parametrize("op", ONE_EACH)
