@@ -10,8 +10,11 @@ import torch
 
 from fastmix.experiments.bench.cases import Case
 from fastmix.testing.bench import peak_memory
+from tests.generators import SHAPES
 
 _built: dict[Hashable, Case] = {}
+
+_WITH_STATES = [name for name, shape in SHAPES.items() if shape.state_dim > 5]
 
 
 def contestants(problems: Iterable[tuple[Any, ...]], names: Iterable[str]) -> list[Any]:
@@ -20,6 +23,21 @@ def contestants(problems: Iterable[tuple[Any, ...]], names: Iterable[str]) -> li
     return [
         pytest.param(problem, name, id="-".join(map(str, (*problem, name)))) for problem in problems for name in names
     ]
+
+
+TRAINING = pytest.mark.parametrize(
+    ("problem", "contestant"),
+    contestants(
+        ((shape, rows) for rows in (1_920, 15_360) for shape in _WITH_STATES), ("ours", "eager", "compile", "products")
+    ),
+)
+"""Marks a test of a mixing operator: batches as training has them."""
+
+ACTING = pytest.mark.parametrize(
+    ("problem", "contestant"),
+    contestants(((shape, rows, False) for rows in (1, 64) for shape in _WITH_STATES), ("ours", "eager", "compile")),
+)
+"""The same of a few rows, forward alone."""
 
 
 def run(benchmark: Any, build: Callable[..., Case], problem: tuple[Any, ...], contestant: str) -> None:

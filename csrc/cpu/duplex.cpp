@@ -49,8 +49,7 @@ int threads_for(const DuplexShape<T>& s, double passes) {
   return useful_threads(passes * flops * static_cast<double>(s.inputs.rows), s.threads);
 }
 
-// ---- forward
-// --------------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
 // One vector of rows.
 template <class T>
@@ -132,8 +131,7 @@ void forward(const DuplexForward<T>& p) {
   });
 }
 
-// ---- backward
-// -------------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 // One vector of rows: gradients of the networks' outputs into `grads`, in the columns of Columns; with those of the
 // utilities into `grad_qs`. `grad_v` and `grad_adv` are 0 behind the last row.

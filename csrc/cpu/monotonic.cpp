@@ -34,8 +34,7 @@ static_assert(kBlockRows % kMonotonicRowPadding == 0 && kBlockRows % lanes<float
 
 constexpr int64_t padded(int64_t columns) { return round_up(columns, kMonotonicColumnPadding); }
 
-// ---- positivity
-// -----------------------------------------------------------------------------------------------------------
+// ---- positivity -----------------------------------------------------------------------------------------------------
 
 template <class T, Positivity P>
 FASTMIX_INLINE Vec<T> positive(Vec<T> w, T beta) {
@@ -77,8 +76,7 @@ FASTMIX_INLINE void with_mix_vectors(int64_t columns, const Body& body) {
   }
 }
 
-// ---- sizes and packed weights
-// ---------------------------------------------------------------------------------------------
+// ---- sizes and packed weights ---------------------------------------------------------------------------------------
 
 // Columns of a row of activations: [F1 hidden | F2 hidden | b1 | V hidden | w2], each padded with zeros.
 template <class T>
@@ -164,8 +162,7 @@ struct Generators {
   }
 };
 
-// ---- rows
-// -----------------------------------------------------------------------------------------------------------------
+// ---- rows -----------------------------------------------------------------------------------------------------------
 
 // agent_qs of a block, transposed to [A][kBlockRows]; zeros behind the last row.
 template <class T>
@@ -186,8 +183,7 @@ void gather_states(const T* const* x, int64_t count, int64_t rows, const Sizes<T
     copy_padded(i < count ? x[i] : nullptr, i < count ? z.state : 0, out + i * z.k, z.k);
 }
 
-// ---- forward
-// --------------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct FirstLayer {
@@ -389,8 +385,7 @@ void forward_blocks(const MonotonicForward<T>& p) {
   });
 }
 
-// ---- forward of a few rows
-// --------------------------------------------------------------------------------------------------
+// ---- forward of a few rows ------------------------------------------------------------------------------------------
 
 // out[r][n] = bias[n] + w[n] . x[r]: dot products with the weights as they are.
 template <class T>
@@ -475,8 +470,7 @@ void forward(const MonotonicForward<T>& p) {
   }
 }
 
-// ---- backward
-// -------------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 template <class T>
 void zero(T* p, int64_t size) {

@@ -47,8 +47,7 @@ inline void fill_zero(T* p, int64_t size) {
   for (int64_t i = 0; i < size; ++i) p[i] = 0;
 }
 
-// ---- blocks: transposed copies of rows
-// ------------------------------------------------------------------------------------
+// ---- blocks: transposed copies of rows ------------------------------------------------------------------------------
 
 // out[column][row] for `columns` columns of the rows first .. first + count; zeros up to a whole vector.
 template <class T>
@@ -164,8 +163,7 @@ __attribute__((noinline)) void panels_of_columns(const T* from, int64_t columns,
   }
 }
 
-// ---- products
-// -------------------------------------------------------------------------------------------------------------
+// ---- products -------------------------------------------------------------------------------------------------------
 
 // out[c] = relu?(start + sum over k of w[c][k] in[k]) for `columns` columns c, where start is what `out` holds if
 // `adds`, else the bias (null: 0). Rows of w are w_stride apart.
@@ -288,8 +286,7 @@ inline void for_network_blocks(int64_t rows, int threads, const Body& body) {
   });
 }
 
-// ---- networks
-// -------------------------------------------------------------------------------------------------------------
+// ---- networks -------------------------------------------------------------------------------------------------------
 
 // One thread's block of rows and its working memory.
 template <class T>
