@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from .learner import NEG, PublicBatch, PublicLearner, masked_mean
 from .networks import QMixer
+from .operators import quantile_huber_steps
 
 
 class QuantileAgent(nn.Module):
@@ -126,7 +127,7 @@ class QuantileLearner(PublicLearner):
             values = self._mix_quantiles("target_mixer", gather_quantiles(target_zs, greedy), batch.state)
             targets = self._quantile_returns(values, batch)
         at = fractions[:, :-1].view(*z_tot.shape[:2], -1, z_tot.shape[3])
-        return config.loss_scale * quantile_huber(z_tot, targets, at, batch.mask)
+        return config.loss_scale * quantile_huber_steps(z_tot, targets, at, batch.mask)
 
     def _unroll_quantiles(self, name: str, n: int, batch: PublicBatch) -> tuple[Tensor, Tensor]:
         """``[B, T + 1, A, U, N]`` of the agent ``name``, one call a step, and the fractions ``[B, T + 1, ..., N]``."""
@@ -184,8 +185,8 @@ class ResidualQuantileLearner(QuantileLearner):
             z_res = -torch.abs(z_res)
         w_r = torch.where(is_greedy, 0.0, 1.0).to(z_tot.dtype).unsqueeze(3).expand_as(z_tot)
         at = fractions[:, :-1]
-        loss = quantile_huber(z_tot + w_r * z_res, targets, at, batch.mask)
-        loss = loss + config.central_loss * quantile_huber(z_central, targets, at, batch.mask)
+        loss = quantile_huber_steps(z_tot + w_r * z_res, targets, at, batch.mask)
+        loss = loss + config.central_loss * quantile_huber_steps(z_central, targets, at, batch.mask)
         if not config.residual_negative_abs:
             loss = loss + config.noopt_loss * masked_mean(torch.clamp(z_res.squeeze(2), min=0) ** 2, batch.mask)
         return config.loss_scale * loss
@@ -195,16 +196,6 @@ def gather_quantiles(zs: Tensor, actions: Tensor) -> Tensor:
     """``[B, T, A, U, N]`` at ``[B, T, A, 1]``: ``[B, T, A, N]``."""
     index = actions.unsqueeze(4).expand(-1, -1, -1, -1, zs.shape[4])
     return torch.gather(zs, dim=3, index=index).squeeze(3)
-
-
-def quantile_huber(theta: Tensor, targets: Tensor, fractions: Tensor, mask: Tensor) -> Tensor:
-    """Mean over live rows of ``[B, T, K, N]`` against ``[B, T, K, N']``, by all pairs."""
-    error = targets.detach().unsqueeze(3) - theta.unsqueeze(4)
-    weight = torch.abs(fractions.unsqueeze(4) - (error.detach() <= 0).to(theta.dtype))
-    huber = F.smooth_l1_loss(
-        theta.unsqueeze(4).expand_as(error), targets.detach().unsqueeze(3).expand_as(error), reduction="none"
-    )
-    return masked_mean((weight * huber).mean(dim=4).sum(dim=3), mask)
 
 
 def _two_layers(inputs: int, hidden: int, outputs: int) -> nn.Module:
