@@ -6,7 +6,7 @@ import sys
 from functools import partial
 from typing import Any
 
-from fastmix.experiments.bench import cases, report, steps
+from fastmix.experiments.bench import cases, joint, report, steps
 from fastmix.experiments.bench.report import Effort, Planned
 
 SHAPES = ("3m", "5m_vs_6m", "MMM2", "27m_vs_30m")
@@ -17,7 +17,7 @@ MEMORY_GOALS = {"monotonic": 3.0, "quantile": 10.0}
 
 def run(effort: Effort, threads: int, compiled: bool = True) -> list[dict[str, Any]]:
     """All entries in float32; ``compiled`` includes ``torch.compile`` (half of the time goes into compiling)."""
-    results = report.run(_monotonic(compiled), effort)
+    results = report.run([*_monotonic(compiled), *_joint(compiled)], effort)
     results.append(memory("monotonic", threads, shape="MMM2", rows=ROWS))
     results.append(memory("quantile", threads, episodes=128, steps=120, n=32))
     return results + report.run([*_recurrent(), *_small_ops(), *_steps(compiled)], effort)
@@ -67,6 +67,21 @@ def _monotonic(compiled: bool) -> list[Planned]:
         for shape in SHAPES
     ]
     return plan
+
+
+def _joint(compiled: bool) -> list[Planned]:
+    least = {"eager": 1.5, "compile": 1.0}
+    goals = {
+        joint.duplex: {"eager": 3.0, "compile": 1.5, "products": 1 / 1.4},
+        joint.attention: least,
+        joint.unrestricted: least,
+        joint.recognise: {},
+    }
+    return [
+        Planned(partial(case, shape, ROWS, compiled=("compile",) if compiled else ()), goal)
+        for case, goal in goals.items()
+        for shape in SHAPES
+    ]
 
 
 def _recurrent() -> list[Planned]:
