@@ -30,6 +30,15 @@ FORMS = {
     "central": lambda: CentralRNNAgent(N_IN, U, D, central_action_embed=2),
     "iqn": lambda: IQNRNNAgent(N_IN, U, D, quantile_embed_dim=6),
 }
+ON_BACKENDS = pytest.mark.parametrize(
+    ("form", "backend"),
+    [
+        (form, backend)
+        for form in FORMS
+        for backend in BACKENDS
+        if form != "iqn" or backend in backends.available("implicit")  # which is the head's operator
+    ],
+)
 
 
 def tail(form: str) -> tuple[int, ...]:
@@ -51,8 +60,7 @@ def one_hot_inputs(obs: Tensor, last_actions: Tensor) -> Tensor:
     return torch.cat([obs, taken, torch.eye(n_agents).to(obs).expand(*obs.shape[:3], n_agents)], -1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("form", FORMS)
+@ON_BACKENDS
 @pytest.mark.parametrize("rank", [2, 3])
 def test_a_sequence_is_its_steps(backend: str, form: str, rank: int) -> None:
     agent = FORMS[form]().double()
@@ -92,8 +100,7 @@ def test_without_ids_and_last_actions(form: str) -> None:
     assert_close(explicit.q, q, 1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("form", FORMS)
+@ON_BACKENDS
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 5, 27), (3, 1, 2), (0, 4, 2), (2, 0, 3)], ids=str)
 def test_odd_sizes(backend: str, form: str, sizes: tuple[int, int, int]) -> None:
     agent = FORMS[form]()
@@ -217,8 +224,7 @@ def test_every_parameter_gets_a_gradient(form: str) -> None:
     gradients_reach(FORMS[form]())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("form", FORMS)
+@ON_BACKENDS
 def test_gradcheck(backend: str, form: str) -> None:
     agent = FORMS[form]().double()
     names = [name for name, _ in agent.named_parameters()]

@@ -375,7 +375,11 @@ def _marked_core() -> Iterator[None]:
 
         return call
 
-    kernels = [(name, kernel) for name, kernel in vars(_core).items() if name.startswith(tuple(backends.TABLE))]
+    kernels = [
+        (name, kernel)
+        for name, kernel in vars(_core).items()
+        if callable(kernel) and name.startswith(tuple(backends.TABLE))  # beside sizes that the core tells
+    ]
     pairs = [(kernel, marked(name, kernel)) for name, kernel in kernels]
     with ExitStack() as patches:
         for stepper in (_core.RecurrentStepperFloat, _core.RecurrentStepperDouble):
