@@ -146,7 +146,7 @@ FASTMIX_INLINE Vec<T> softplus(Vec<T> x) {  // log(1 + exp(x))
 }
 
 template <class T>
-FASTMIX_INLINE Vec<T> log_normal(Vec<T> x) {  // of positive normal numbers; NaN stays NaN
+FASTMIX_INLINE Vec<T> log_normal(Vec<T> x) {  // of positive normal numbers; of anything else it is any number
   using C = detail::MathConstants<T>;
   // x = 2^k m with m from sqrt(1/2) to sqrt(2); log(m) = 2 atanh((m - 1) / (m + 1)), with an argument of at most 0.172.
   const Vec<Int<T>> bits = reinterpret_cast<Vec<Int<T>>>(x);

@@ -15,8 +15,10 @@ Vec<T> apply(int function, Vec<T> x) {
       return sigmoid<T>(x);
     case 3:
       return tanh<T>(x);
-    default:
+    case 4:
       return softplus<T>(x);
+    default:
+      return log_normal<T>(x);
   }
 }
 

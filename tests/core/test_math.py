@@ -38,6 +38,9 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Any], Any], flo
     ),
 }
 
+NAMES = [*FUNCTIONS, "log_normal"]
+"""In the order of ``math_probe.cpp``"""
+
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
 
@@ -59,7 +62,7 @@ def compute(probe: ctypes.CDLL, name: str, x: Tensor) -> Tensor:
     y = torch.full_like(padded, torch.nan)
     call = probe.map_float if x.dtype == torch.float32 else probe.map_double
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (padded, y)]
-    call(list(FUNCTIONS).index(name), *pointers, ctypes.c_int64(len(padded)))
+    call(NAMES.index(name), *pointers, ctypes.c_int64(len(padded)))
     return y[: len(x)]
 
 
@@ -113,3 +116,23 @@ def test_exp_reaches_the_largest_number(probe: ctypes.CDLL) -> None:
     x = torch.tensor([88.7, 88.72, 88.73])
     y = compute(probe, "exp", x)
     assert y[:2].isfinite().all() and y[2] == torch.inf
+
+
+def test_logarithm_of_normal_numbers(probe: ctypes.CDLL) -> None:
+    smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    around_one = torch.linspace(0.5, 2.0, 300_001)
+    x = torch.cat([torch.logspace(-37.9, 38.5, 300_000), around_one, torch.tensor([smallest, largest])])
+    assert ulps(compute(probe, "log_normal", x), x.double().log()) <= 3.0
+    assert compute(probe, "log_normal", torch.ones(1)).item() == 0.0
+
+
+def test_logarithm_of_normal_numbers_in_double_precision(probe: ctypes.CDLL) -> None:
+    uniform = torch.rand(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.cat([10 ** (600 * uniform[:1000] - 300), 0.5 + 1.5 * uniform[1000:]])
+    y = compute(probe, "log_normal", x)
+    with mpmath.workprec(150):
+        worst = max(
+            abs(mpmath.mpf(value) - mpmath.log(u)) / mpmath.ldexp(1, mpmath.frexp(mpmath.log(u))[1] - 53)
+            for u, value in zip(map(mpmath.mpf, x.tolist()), y.tolist(), strict=True)
+        )
+    assert worst <= 3.0
