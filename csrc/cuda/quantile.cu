@@ -5,6 +5,7 @@
 // when every block has been through, so the gradient is written without it and multiplied in the backward pass. Sums
 // over rows are made in double precision, in an order that depends on the shape only.
 #include "cuda/launch.h"
+#include "cuda/loss.h"
 #include "fastmix/philox.h"
 #include "fastmix/quantile.h"
 
@@ -13,6 +14,7 @@ namespace {
 
 using FASTMIX_ISA::block_sum;
 using FASTMIX_ISA::blocks;
+using FASTMIX_ISA::finish_loss;
 using FASTMIX_ISA::kAllLanes;
 using FASTMIX_ISA::kWarp;
 using FASTMIX_ISA::launched;
@@ -121,20 +123,8 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(const QuantileLoss<T> p,
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) finish_kernel(const QuantileLoss<T> p, const double* parts, int n_parts) {
-  double losses = 0, masks = 0;
-  for (int i = static_cast<int>(threadIdx.x); i < n_parts; i += kThreads) {
-    losses += parts[2 * i];
-    masks += parts[2 * i + 1];
-  }
-  losses = block_sum<kThreads>(losses);
-  masks = block_sum<kThreads>(masks);
-  if (threadIdx.x == 0) {
-    const bool nothing = p.normaliser == nullptr && masks == 0;
-    const double factor =
-        nothing ? 0 : p.scale / (p.normaliser == nullptr ? masks : static_cast<double>(*p.normaliser));
-    *p.loss = nothing ? T(0) : static_cast<T>(factor * losses);
-    *p.slope = static_cast<T>(factor);
-  }
+  const double factor = finish_loss<kThreads>(parts, n_parts, p.scale, p.normaliser, p.loss);
+  if (threadIdx.x == 0) *p.slope = static_cast<T>(factor);
 }
 
 template <class T>

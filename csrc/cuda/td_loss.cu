@@ -5,6 +5,7 @@
 // through twice for its sake, and no number comes to the host. Sums are made in double precision, in an order that
 // depends on the shape only.
 #include "cuda/launch.h"
+#include "cuda/loss.h"
 #include "fastmix/td_loss.h"
 
 namespace fastmix {
@@ -12,6 +13,7 @@ namespace {
 
 using FASTMIX_ISA::block_sum;
 using FASTMIX_ISA::blocks;
+using FASTMIX_ISA::finish_loss;
 using FASTMIX_ISA::launched;
 using FASTMIX_ISA::split;
 
@@ -103,20 +105,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const TDLossForward<T
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     finish_kernel(const TDLossForward<T> p, const double* parts, int n_parts, T* slope) {
-  double squares = 0, masks = 0;
-  for (int i = static_cast<int>(threadIdx.x); i < n_parts; i += kThreads) {
-    squares += parts[2 * i];
-    masks += parts[2 * i + 1];
-  }
-  squares = block_sum<kThreads>(squares);
-  masks = block_sum<kThreads>(masks);
-  if (threadIdx.x == 0) {
-    const bool nothing = p.normaliser == nullptr && masks == 0;
-    const double factor =
-        nothing ? 0 : p.scale / (p.normaliser == nullptr ? masks : static_cast<double>(*p.normaliser));
-    *p.loss = nothing ? T(0) : static_cast<T>(factor * squares);
-    *slope = static_cast<T>(2 * factor);
-  }
+  const double factor = finish_loss<kThreads>(parts, n_parts, p.scale, p.normaliser, p.loss);
+  if (threadIdx.x == 0) *slope = static_cast<T>(2 * factor);
 }
 
 template <class T>
