@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastmix._modules import check_positive, flat_size, mlp, orthogonal_init_
+from fastmix._modules import check_positive, flat_size
 from fastmix.mixers.base import QuantileMixer, check_agent_zs, flat_states
-from fastmix.mixers.qmix import hypernet, hypernet_params, qmixer_args
-from fastmix.ops.monotonic import MonotonicParams
+from fastmix.mixers.qmix import QMixNetworks, qmixer_args
 from fastmix.ops.quantile import quantile_mix
 
 if TYPE_CHECKING:
-    from torch import nn
     from typing_extensions import Self
 
 
@@ -32,7 +30,7 @@ class DDNMixer(QuantileMixer):
         return agent_qs.sum(-2, keepdim=True)
 
 
-class DMixer(QuantileMixer):
+class DMixer(QMixNetworks, QuantileMixer):
     """DMIX: means mixed as in QMIX, shapes summed (`modules/mixers/dmix.py` of DFAC; Sun et al. 2021, section 4).
 
     `Z_tot = M(E[Z_1], ..., E[Z_A], s) + sum_i (Z_i - E[Z_i])` with `M` a `QMixer` of absolute weights, so that
@@ -56,12 +54,7 @@ class DMixer(QuantileMixer):
         self.n_agents = n_agents
         self.state_dim = state
         self.embed_dim = mixing_embed_dim
-        self.hyper_w_1 = hypernet(state, n_agents * mixing_embed_dim, hypernet_layers, hypernet_embed)
-        self.hyper_w_final = hypernet(state, mixing_embed_dim, hypernet_layers, hypernet_embed)
-        self.hyper_b_1 = nn.Linear(state, mixing_embed_dim)
-        self.V = mlp(state, mixing_embed_dim, 1)
-        if use_orthogonal:
-            orthogonal_init_(self)
+        self.add_networks(n_agents, state, mixing_embed_dim, hypernet_layers, hypernet_embed, use_orthogonal)
 
     @classmethod
     def from_args(cls, args: Any) -> Self:
@@ -73,10 +66,6 @@ class DMixer(QuantileMixer):
         check_agent_zs(agent_qs, self.n_agents)
         states = flat_states(states, agent_qs.shape[:-2], self.state_dim)
         return quantile_mix(agent_qs, states, self.params()).unsqueeze(-2)
-
-    def params(self) -> MonotonicParams:
-        """The weights in the order of `fastmix.ops.monotonic`, read from the layers now (not copies)."""
-        return hypernet_params(self.hyper_w_1, self.hyper_w_final, self.hyper_b_1, self.V)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(mixer)`."""

@@ -90,7 +90,26 @@ class MonotonicMixer(StateMixer):
         return f"n_agents={self.n_agents}, state_dim={self.state_dim}, positivity={self.positivity!r}, beta={self.beta}"
 
 
-class QMixer(MonotonicMixer):
+class QMixNetworks(nn.Module):
+    """The hypernetworks of `QMixer` under its keys, which DMIX has too; `add_networks` makes them."""
+
+    def add_networks(
+        self, n_agents: int, state: int, embed: int, layers: int, hidden: int, use_orthogonal: bool
+    ) -> None:
+        """In the order in which PyMARL draws their weights."""
+        self.hyper_w_1 = hypernet(state, n_agents * embed, layers, hidden)
+        self.hyper_w_final = hypernet(state, embed, layers, hidden)
+        self.hyper_b_1 = nn.Linear(state, embed)
+        self.V = mlp(state, embed, 1)
+        if use_orthogonal:
+            orthogonal_init_(self)
+
+    def params(self) -> MonotonicParams:
+        """The weights in the order of `fastmix.ops.monotonic`, read from the layers now (not copies)."""
+        return hypernet_params(self.hyper_w_1, self.hyper_w_final, self.hyper_b_1, self.V)
+
+
+class QMixer(QMixNetworks, MonotonicMixer):
     """QMIX (`modules/mixers/qmix.py` of the PyMARL family). Keys: `hyper_w_1`, `hyper_b_1`, `hyper_w_final`, `V`.
 
     `hypernet_layers` 1 makes `hyper_w_1` and `hyper_w_final` single linear layers; 2 gives them a hidden layer of
@@ -109,13 +128,7 @@ class QMixer(MonotonicMixer):
         use_orthogonal: bool = False,
     ) -> None:
         super().__init__(n_agents, state_dim, mixing_embed_dim, positivity, beta)
-        state, embed = self.state_dim, self.embed_dim
-        self.hyper_w_1 = hypernet(state, n_agents * embed, hypernet_layers, hypernet_embed)
-        self.hyper_w_final = hypernet(state, embed, hypernet_layers, hypernet_embed)
-        self.hyper_b_1 = nn.Linear(state, embed)
-        self.V = mlp(state, embed, 1)
-        if use_orthogonal:
-            orthogonal_init_(self)
+        self.add_networks(n_agents, self.state_dim, mixing_embed_dim, hypernet_layers, hypernet_embed, use_orthogonal)
 
     @classmethod
     def from_args(cls, args: Any) -> Self:
@@ -125,10 +138,6 @@ class QMixer(MonotonicMixer):
         `use_orthogonal` (False).
         """
         return cls(**qmixer_args(args), positivity="abs" if read_arg(args, "abs", True) else "none")
-
-    def params(self) -> MonotonicParams:
-        """See `MonotonicMixer.params`."""
-        return hypernet_params(self.hyper_w_1, self.hyper_w_final, self.hyper_b_1, self.V)
 
 
 class QMixerNoAbs(QMixer):
