@@ -58,9 +58,7 @@ def mixed(
     largest = max_ptr + row * stride_max
     w1 = w1_ptr + row[:, None] * (A * E) + e[None, :]
     for _ in range(A):
-        distance = tl.load(q, mask=live, other=0.0).to(tl.float32) - tl.load(largest, mask=live, other=0.0).to(
-            tl.float32
-        )
+        distance = below(q, largest, live)
         total += tl.abs(tl.load(w1, mask=inside, other=0.0).to(tl.float32)) * distance[:, None]
         q += stride_agent
         largest += stride_max_agent
@@ -109,9 +107,7 @@ def weigh_backward_kernel(
     largest = max_ptr + row * stride_max
     offset = row[:, None] * (A * E) + e[None, :]
     for _ in range(A):
-        distance = tl.load(q, mask=live, other=0.0).to(tl.float32) - tl.load(largest, mask=live, other=0.0).to(
-            tl.float32
-        )
+        distance = below(q, largest, live)
         w1 = tl.load(w1_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         of_w1 = of_total * distance[:, None]
         of_w1 = tl.where(w1 > 0, of_w1, tl.where(w1 < 0, -of_w1, 0.0))
