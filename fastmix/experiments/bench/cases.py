@@ -32,6 +32,7 @@ from fastmix.experiments.bench.parity import (
     near_input_kink,
     near_mixing_kink,
 )
+from fastmix.mixers.qmix import hypernet_params
 from fastmix.ops.monotonic import MonotonicParams
 from fastmix.ops.recurrent import RecurrentOutput, RecurrentParams, Stepper
 from fastmix.testing.bench import Rotating, peak_memory, saved_bytes
@@ -561,8 +562,7 @@ def first_line(error: Exception) -> str:
 def mixing_params(mixer: nn.Module) -> MonotonicParams:
     """The baseline mixer's parameters in the order of `fastmix.ops.monotonic`."""
     m: Any = mixer
-    w1, w2 = _hypernet(m.hyper_w_1), _hypernet(m.hyper_w_final)
-    return MonotonicParams(*w1, *w2, m.hyper_b_1.weight, m.hyper_b_1.bias, *_hypernet(m.V))
+    return hypernet_params(m.hyper_w_1, m.hyper_w_final, m.hyper_b_1, m.V)
 
 
 def utility_params(cell: nn.Module) -> RecurrentParams:
@@ -589,13 +589,6 @@ def ragged_mask(episodes: int, steps: int, setting: Setting = FLOAT32) -> tuple[
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _hypernet(module: Any) -> tuple[Any, Any, Any, Any]:
-    """Hidden weight and bias (None without hidden layer), weight and bias."""
-    if isinstance(module, nn.Linear):
-        return None, None, module.weight, module.bias
-    return module[0].weight, module[0].bias, module[2].weight, module[2].bias
 
 
 def _mixer(shape: str, setting: Setting) -> nn.Module:
