@@ -106,7 +106,6 @@ void backward(const Sizes& sizes, const Rows& agent_qs, const Rows& states, Addr
 }  // namespace
 
 void register_attention(py::module_& m) {
-  m.attr("attention_block_rows") = kAttentionRows;
   m.def("attention_forward_float32", &forward<float>);
   m.def("attention_forward_float64", &forward<double>);
   m.def("attention_backward_float32", &backward<float>);

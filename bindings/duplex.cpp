@@ -110,7 +110,6 @@ void backward(const Sizes& sizes, const Rows& agent_qs, const Rows& max_qs, cons
 }  // namespace
 
 void register_duplex(py::module_& m) {
-  m.attr("duplex_block_rows") = kDuplexRows;
   m.def("duplex_forward_float32", &forward<float>);
   m.def("duplex_forward_float64", &forward<double>);
   m.def("duplex_backward_float32", &backward<float>);

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/isa.h"
+#include "fastmix/network.h"
 
 namespace py = pybind11;
 
@@ -37,6 +38,7 @@ PYBIND11_MODULE(_core, m) {
 #else
       false;
 #endif
+  m.attr("network_block_rows") = fastmix::kNetworkRows;
   m.def("isa", &fastmix::isa_name, "Instruction set in use: 'avx512', 'avx2' or 'baseline'.");
   fastmix::bindings::register_attention(m);
   fastmix::bindings::register_duplex(m);

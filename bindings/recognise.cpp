@@ -82,7 +82,6 @@ void backward(const Sizes& sizes, const Rows& agent_qs, const Rows& max_qs, cons
 }  // namespace
 
 void register_recognise(py::module_& m) {
-  m.attr("recognise_block_rows") = kRecogniseRows;
   m.def(
       "recognise_sign_bytes", [](bool is_double) { return FASTMIX_DISPATCH(recognise_sign_bytes, is_double); },
       "Bytes of signs of one column and block.");

@@ -68,7 +68,6 @@ void backward(const Sizes& sizes, const Rows& states, const Rows& actions, const
 }  // namespace
 
 void register_unrestricted(py::module_& m) {
-  m.attr("unrestricted_block_rows") = kUnrestrictedRows;
   m.def("unrestricted_forward_float32", &forward<float>);
   m.def("unrestricted_forward_float64", &forward<double>);
   m.def("unrestricted_backward_float32", &backward<float>);

@@ -89,9 +89,6 @@ def attention_backward_float64(
     arg14: int,
     /,
 ) -> None: ...
-
-attention_block_rows: int
-
 def attention_forward_float32(
     arg0: Sequence[int],
     arg1: Sequence[int],
@@ -152,9 +149,6 @@ def duplex_backward_float64(
     arg10: int,
     /,
 ) -> None: ...
-
-duplex_block_rows: int
-
 def duplex_forward_float32(
     arg0: Sequence[int],
     arg1: Sequence[int],
@@ -389,6 +383,7 @@ def monotonic_parts_cuda(arg0: Sequence[int], arg1: bool, arg2: int, /) -> int:
 def monotonic_saved(arg0: int, arg1: int, arg2: int, arg3: bool, /) -> tuple[int, int, int]:
     """Multiple to which saved rows are padded, columns of `activations`, bytes of `signs` in a row."""
 
+network_block_rows: int
 openmp: bool
 
 def optimise_cuda_float32(
@@ -593,9 +588,6 @@ def recognise_backward_float64(
     arg9: int,
     /,
 ) -> None: ...
-
-recognise_block_rows: int
-
 def recognise_forward_float32(
     arg0: Sequence[int],
     arg1: Sequence[int],
@@ -1147,9 +1139,6 @@ def unrestricted_backward_float64(
     arg9: int,
     /,
 ) -> None: ...
-
-unrestricted_block_rows: int
-
 def unrestricted_forward_float32(
     arg0: Sequence[int],
     arg1: Sequence[int],

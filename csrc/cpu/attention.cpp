@@ -10,8 +10,6 @@
 namespace fastmix::FASTMIX_ISA {
 namespace {
 
-static_assert(kAttentionRows == kNetworkRows);
-
 template <class T>
 AttendSizes attend_sizes(const AttentionShape<T>& s) {
   const int64_t heads = s.networks[s.query].groups;

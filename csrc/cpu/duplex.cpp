@@ -14,8 +14,6 @@ namespace {
 
 constexpr double kTiny = 1e-10;  // keeps absolute values above 0
 
-static_assert(kDuplexRows == kNetworkRows);
-
 template <class T>
 FASTMIX_INLINE Vec<T> positive(Vec<T> x) {
   return abs<T>(x) + static_cast<T>(kTiny);

@@ -35,8 +35,6 @@
 
 namespace fastmix::FASTMIX_ISA {
 
-inline constexpr int64_t kNetworkRows = 64;  // rows of a block; a multiple of every instruction set's tile
-
 template <class T>
 constexpr int64_t whole_vectors(int64_t size) {
   return (size + lanes<T> - 1) / lanes<T>;

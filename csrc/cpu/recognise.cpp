@@ -12,8 +12,6 @@ namespace {
 
 enum : int64_t { kW1, kW2, kV, kCount };
 
-static_assert(kRecogniseRows == kNetworkRows);
-
 template <class T>
 constexpr int64_t sign_bytes() {  // of a column of a block: whether above 0 and whether below, a bit a row
   return kNetworkRows / lanes<T> * 2 * static_cast<int64_t>(sizeof(LaneBits<T>));

@@ -5,8 +5,6 @@
 namespace fastmix::FASTMIX_ISA {
 namespace {
 
-static_assert(kUnrestrictedRows == kNetworkRows);
-
 template <class T>
 int64_t outputs_of(const UnrestrictedShape<T>& s) {
   return s.networks[0].layers[s.networks[0].depth - 1].out;

@@ -43,10 +43,9 @@ struct AttentionBackward : AttentionShape<T> {
   T *grad_key_weight, *grad_key_bias;  // as the key; with the gradients of the query's network
 };
 
-// Rows are kept in blocks of kAttentionRows: [blocks][columns][kAttentionRows], in `hidden` the networks' hidden
+// Rows are kept in blocks of kNetworkRows: [blocks][columns][kNetworkRows], in `hidden` the networks' hidden
 // features, in `projected` [H queries on the key: u + 1 numbers, or u without a bias, one more with reads_qs | H
 // weights of heads | v], the last two as far as present.
-inline constexpr int64_t kAttentionRows = 64;
 
 FASTMIX_DECLARE(void attention_forward(const AttentionForward<float>& p))
 FASTMIX_DECLARE(void attention_forward(const AttentionForward<double>& p))

@@ -40,10 +40,9 @@ struct DuplexBackward : DuplexShape<T> {
   T* grad_states;    // [rows, S]; null: not wanted
 };
 
-// Rows are kept in blocks of kDuplexRows: [blocks][columns][kDuplexRows], the columns being the networks' hidden
+// Rows are kept in blocks of kNetworkRows: [blocks][columns][kNetworkRows], the columns being the networks' hidden
 // features in `hidden`, and in `outputs` scale, key, agents and action, as far as present, the latter two behind their
 // sigmoid.
-inline constexpr int64_t kDuplexRows = 64;
 
 FASTMIX_DECLARE(void duplex_forward(const DuplexForward<float>& p))
 FASTMIX_DECLARE(void duplex_forward(const DuplexForward<double>& p))

@@ -7,6 +7,10 @@
 
 namespace fastmix {
 
+// Rows are worked on in blocks of so many; ops keep what backward needs as [blocks][columns][kNetworkRows]. A multiple
+// of every instruction set's tile.
+inline constexpr int64_t kNetworkRows = 64;
+
 // One affine layer of each of G networks, dense; with T const the weights, otherwise their gradients.
 template <class T>
 struct NetworkLayer {

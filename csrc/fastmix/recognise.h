@@ -34,9 +34,8 @@ struct RecogniseBackward : RecogniseShape<T> {
   T* grad_states;  // [rows, S]; null: not wanted
 };
 
-// Kept in blocks of rows: [blocks][columns][kRecogniseRows], in `hidden` the networks' hidden features, in `mixed`
+// Kept in blocks of rows: [blocks][columns][kNetworkRows], in `hidden` the networks' hidden features, in `mixed`
 // w2 and sum_a |w1_a| (q_a - max q_a), E columns each; the signs of w1 in recognise_sign_bytes a column and block.
-inline constexpr int64_t kRecogniseRows = 64;
 
 FASTMIX_DECLARE(int64_t recognise_sign_bytes(bool is_double))
 FASTMIX_DECLARE(void recognise_forward(const RecogniseForward<float>& p))

@@ -31,8 +31,7 @@ struct UnrestrictedBackward : UnrestrictedShape<T> {
   T* grad_states;    // [rows, S]; null: not wanted
 };
 
-// Hidden features are kept in blocks of rows: [blocks][columns][kUnrestrictedRows].
-inline constexpr int64_t kUnrestrictedRows = 64;
+// Hidden features are kept in blocks of rows: [blocks][columns][kNetworkRows].
 
 FASTMIX_DECLARE(void unrestricted_forward(const UnrestrictedForward<float>& p))
 FASTMIX_DECLARE(void unrestricted_forward(const UnrestrictedForward<double>& p))

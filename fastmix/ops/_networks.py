@@ -7,6 +7,7 @@ bias, and an ``int[]`` with the number of layers of each network, 0 for one that
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -45,6 +46,19 @@ def groups(network: Sequence[Tensor]) -> int:
 def hidden_columns(networks: Iterable[Sequence[Tensor]]) -> int:
     """Features of all hidden layers of all networks."""
     return sum(groups(network) * weight.shape[-2] for network in networks for weight in network[:-2:2])
+
+
+def kept_shape(rows: int, columns: int) -> tuple[int, int, int]:
+    """Of what is kept for backward, ``columns`` numbers a row: rows lie side by side, in blocks."""
+    block = _block_rows()
+    return -(-rows // block), columns, block
+
+
+@cache
+def _block_rows() -> int:
+    from fastmix import _core
+
+    return _core.network_block_rows
 
 
 def dense(params: Sequence[Tensor]) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -163,16 +162,8 @@ def _shapes(
     if not training:
         return [*results, none, none]
     columns = heads * (key.shape[-1] + (key_bias.numel() > 0)) + (heads if depths[_HEAD] else 0) + bool(depths[_V])
-    blocks = -(-leading.numel() // _block_rows())
     hidden = _networks.hidden_columns(network for network in networks[:_KEY] if network)
-    return [*results, (blocks, hidden, _block_rows()), (blocks, columns, _block_rows())]
-
-
-@cache
-def _block_rows() -> int:
-    from fastmix import _core
-
-    return _core.attention_block_rows
+    return [*results, *(_networks.kept_shape(leading.numel(), kept) for kept in (hidden, columns))]
 
 
 def _empty_grads(

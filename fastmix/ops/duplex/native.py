@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -188,18 +187,8 @@ def _shapes(
         return [(*leading, *one), part, part, (0,), (0,)]
     kernels = _networks.groups(_networks.split(params, depths)[_KEY]) if depths[_KEY] > 0 else 0
     columns = (agents if depths[_SCALE] > 0 else 0) + kernels * (1 + 2 * agents)
-    blocks = -(-leading.numel() // _block_rows())
     hidden = _networks.hidden_columns(networks)
-    return [
-        (*leading, *one), part, part, (blocks, hidden, _block_rows()), (blocks, columns, _block_rows()),
-    ]  # fmt: skip
-
-
-@cache
-def _block_rows() -> int:
-    from fastmix import _core
-
-    return _core.duplex_block_rows
+    return [(*leading, *one), part, part, *(_networks.kept_shape(leading.numel(), kept) for kept in (hidden, columns))]
 
 
 def _empty_grads(
@@ -257,9 +246,8 @@ def _backward(
     else:
         grad_v = _add(grad_q, grad_v) if ctx.wants_v else None
         grad_adv = _add(grad_q, grad_adv) if reaches_adv else None
-    nothing = (None, None, None, None, None, None, None, None, [None] * len(params))
     if grad_v is None and grad_adv is None and grad_weights is None:
-        return nothing
+        return (*(None,) * 8, [None] * len(params))
     reached = [grad_v is not None] * 2 + [grad_adv is not None or grad_weights is not None] * 3
     wants = [want and reach for want, reach in zip(ctx.wants, reached, strict=True)]
     wants_qs = ctx.wants_inputs[0] and grad_v is not None
@@ -270,12 +258,9 @@ def _backward(
         grad_v, grad_adv, grad_weights, agent_qs, max_qs, states, actions, hidden, outputs, depths,
         [int(want) for want in wants], wants_qs, wants_states, params,
     )  # fmt: skip
-    per_param = [want for want, depth in zip(wants, depths, strict=True) for _ in range(2 * depth)]
-    grads = [
-        grad if want and param.numel() > 0 else None for want, grad, param in zip(per_param, grads, params, strict=True)
-    ]
     return (
-        grad_qs if wants_qs else None, None, grad_states if wants_states else None, None, None, None, None, None, grads,
+        grad_qs if wants_qs else None, None, grad_states if wants_states else None, *(None,) * 5,
+        _networks.present(grads, params, depths, wants),
     )  # fmt: skip
 
 

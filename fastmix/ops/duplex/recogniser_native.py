@@ -100,21 +100,13 @@ def _shapes(
     one, none = (*states.shape[:-1], 1), (0,)
     if not training:
         return [one, one, none, none, none]
-    blocks, rows = -(-states.shape[:-1].numel() // _block_rows()), _block_rows()
-    networks = _networks.split(params, depths)
+    rows, networks = states.shape[:-1].numel(), _networks.split(params, depths)
     embed = networks[1][-2].shape[0]
-    columns = actions.shape[-1] * embed
+    blocks, columns, _ = _networks.kept_shape(rows, actions.shape[-1] * embed)
     return [
-        one, one, (blocks, _networks.hidden_columns(networks), rows), (blocks, 2 * embed, rows),
+        one, one, _networks.kept_shape(rows, _networks.hidden_columns(networks)), _networks.kept_shape(rows, 2 * embed),
         (blocks, columns, _sign_bytes(states.dtype == torch.float64)),
     ]  # fmt: skip
-
-
-@cache
-def _block_rows() -> int:
-    from fastmix import _core
-
-    return _core.recognise_block_rows
 
 
 @cache

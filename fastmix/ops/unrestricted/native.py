@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -109,14 +108,7 @@ def _shapes(
     if not training:
         return joint, (0,)
     networks = [network for network in _networks.split(params, depths) if network]
-    return joint, (-(-leading.numel() // _block_rows()), _networks.hidden_columns(networks), _block_rows())
-
-
-@cache
-def _block_rows() -> int:
-    from fastmix import _core
-
-    return _core.unrestricted_block_rows
+    return joint, _networks.kept_shape(leading.numel(), _networks.hidden_columns(networks))
 
 
 def _empty_grads(
