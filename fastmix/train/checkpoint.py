@@ -75,10 +75,14 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints, and what killed writers left behind."""
+    """Delete all but the newest ``keep`` checkpoints."""
     for path in list_checkpoints(folder)[:-keep]:
         path.unlink()
-    for path in folder.glob(".*.safetensors.*.tmp"):
+
+
+def sweep_up(folder: Path) -> None:
+    """Delete the half-written files that killed writers left in ``folder``; for the one process that writes there."""
+    for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 

@@ -130,6 +130,8 @@ class Trainer:
         """
         config, counters = self.config, self.counters
         self.folder.mkdir(parents=True, exist_ok=True)
+        for folder in (self.folder, self.folder / CHECKPOINT_FOLDER):
+            checkpoint.sweep_up(folder)
         checkpoint.write_json(self.folder / CONFIG_FILE, self.plan.description)
         logger = RunLogger(
             self.folder, tensorboard=config.tensorboard, offset=counters.log_offset, t_env=counters.t_env

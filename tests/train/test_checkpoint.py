@@ -107,15 +107,21 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path, bad: dict[str, object], m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pruning_keeps_the_newest_and_sweeps_up(tmp_path: Path) -> None:
+def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     for t_env in (5, 100, 20, 3000):
         checkpoint.save(checkpoint.checkpoint_path(tmp_path, t_env), {"t": t_env})
-    left_over = tmp_path / ".checkpoint-000000000007.safetensors.123.tmp"
-    left_over.write_bytes(b"half a file")
-    other = tmp_path / "notes.txt"
-    other.write_text("mine")
     assert [checkpoint.load(p)["t"] for p in checkpoint.list_checkpoints(tmp_path)] == [5, 20, 100, 3000]
     checkpoint.prune(tmp_path, keep=2)
     assert [checkpoint.load(p)["t"] for p in checkpoint.list_checkpoints(tmp_path)] == [100, 3000]
-    assert not left_over.exists() and other.exists()
     assert checkpoint.list_checkpoints(tmp_path / "none") == []
+
+
+def test_what_killed_writers_left_is_swept_up(tmp_path: Path) -> None:
+    for name in (".checkpoint-000000000007.safetensors.123.tmp", ".best.safetensors.9.tmp", ".config.json.9.tmp"):
+        (tmp_path / name).write_bytes(b"half a file")
+    kept = [tmp_path / name for name in ("best.safetensors", "notes.tmp", ".hidden")]
+    for path in kept:
+        path.write_text("mine")
+    checkpoint.sweep_up(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    checkpoint.sweep_up(tmp_path / "none")

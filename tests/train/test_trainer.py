@@ -118,9 +118,12 @@ def test_a_killed_run_ends_as_one_that_was_never_killed(tmp_path: Path, name: st
             Trainer(config, tmp_path / "killed", on_progress=killed_after(kill_at)).run()
         # What happens to torch's own generator in between must not matter.
         torch.manual_seed(kill_at)
+    for half_written in (".best.safetensors.9.tmp", f"{CHECKPOINT_FOLDER}/.checkpoint-000000000009.safetensors.9.tmp"):
+        (tmp_path / "killed" / half_written).touch()
     resumed = Trainer(config, tmp_path / "killed")
     assert 0 < resumed.counters.t_env < config.t_max
     resumed.run()
+    assert not list((tmp_path / "killed").glob("**/*.tmp"))
     assert whole.counters.updates > 10
     assert_identical(final_state(whole), final_state(resumed))
     a, b = (read_metrics(tmp_path / folder / "metrics.jsonl") for folder in ("whole", "killed"))
