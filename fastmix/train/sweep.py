@@ -47,15 +47,15 @@ def run_all(
 ) -> list[dict[str, Any]]:
     """The results of ``runs``, in their order.
 
-    Finished runs are read from their ``result.json``, begun ones continue from their newest checkpoint. ``workers``
-    runs train at the same time, in spawned processes when there is more than one. ``t_max`` is the length of each run
-    for the progress bar. Raises what a run raises, and ``Interrupted`` when one was told to stop.
+    Finished runs are read from their ``result.json``, begun ones continue from their newest checkpoint, and so do those
+    that had ended short of ``t_max``, the length of every run. ``workers`` runs train at the same time, in spawned
+    processes when there is more than one. Raises what a run raises, and ``Interrupted`` when one was told to stop.
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
     with progress_bar(t_max * len(runs), description, enabled=progress) as bar:
-        pending = [i for i, run in enumerate(runs) if not (run.folder / RESULT_FILE).is_file()]
-        results = {i: _finished(run) for i, run in enumerate(runs) if i not in pending}
+        results = {i: result for i, run in enumerate(runs) if (result := _finished(run, t_max)) is not None}
+        pending = [i for i in range(len(runs)) if i not in results]
         steps = [t_max if i in results else 0 for i in range(len(runs))]
 
         def show() -> None:
@@ -137,9 +137,12 @@ def default_workers(n_runs: int) -> int:
     return max(1, min(n_runs, cpus))
 
 
-def _finished(run: Run) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((run.folder / RESULT_FILE).read_text(encoding="utf-8"))
-    return result
+def _finished(run: Run, t_max: int) -> dict[str, Any] | None:
+    path = run.folder / RESULT_FILE
+    if not path.is_file():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result if result["t_env"] >= t_max else None
 
 
 def _in_processes(

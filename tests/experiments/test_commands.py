@@ -90,6 +90,17 @@ def test_train_writes_prints_and_evaluates(tmp_path: Path, capsys: pytest.Captur
     again = json.loads((folder / "summary.json").read_text())
     assert again["game"] == summary["game"]
 
+    # It goes on to a later end, not to an earlier one.
+    longer = ["train", "--resume", str(folder), "--workers", "1", "--no-progress", "--t-max"]
+    assert main([*longer, "480"]) == 0
+    again = json.loads((folder / "summary.json").read_text())
+    assert again["t_max"] == 480 and [seed["t_env"] for seed in again["seeds"]] == [480, 480]
+    assert main(["train", "--resume", str(folder), "--workers", "1", "--no-progress"]) == 0
+    assert json.loads((folder / "summary.json").read_text()) == again
+    capsys.readouterr()
+    assert main([*longer, "100"]) == 2
+    assert f"--t-max is 100; the runs in {folder} are of 480 steps" in capsys.readouterr().err
+
 
 def test_a_users_game_of_three_agents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -119,6 +119,10 @@ def test_prey_grid_reports_resumes_and_is_reported_again(
     assert main(["reproduce", "--resume", str(folder), "--punishments", "0"]) == 2
     assert "--punishments cannot be given with --resume" in capsys.readouterr().err
 
+    assert main(["reproduce", "--resume", str(folder), "--steps", "900", "--workers", "1", "--no-progress"]) == 0
+    report = json.loads((folder / "report.json").read_text())
+    assert report["prey:p-1"]["vdn"]["return"]["steps"] >= 900
+
     assert main(["report", str(folder), "--out", str(tmp_path / "report")]) == 0
     tables = [(path / "report.md").read_text().splitlines() for path in (tmp_path / "report", folder)]
     assert sorted(tables[0]) == sorted(tables[1])

@@ -335,6 +335,19 @@ def test_checkpoints_are_pruned_and_the_last_step_has_one(tmp_path: Path) -> Non
     assert names == [f"checkpoint-{t:012d}.safetensors" for t in (96, 128, 160)]
 
 
+def test_a_finished_run_goes_on_to_a_later_end(tmp_path: Path) -> None:
+    whole = Trainer(MATRIX, tmp_path / "whole")
+    whole.run()
+    assert MATRIX.t_max is not None
+    Trainer(replace(MATRIX, t_max=MATRIX.t_max // 2), tmp_path / "grown").run()
+    grown = Trainer(MATRIX, tmp_path / "grown")
+    assert 0 < grown.counters.t_env < MATRIX.t_max
+    grown.run()
+    # The first end was evaluated too, which training does not notice.
+    a, b = final_state(whole), final_state(grown)
+    assert_identical(*({part: state[part] for part in ("algo", "replay", "rollout", "torch_rng")} for state in (a, b)))
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     first = Trainer(MATRIX, tmp_path)
     first.run()
