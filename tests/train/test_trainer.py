@@ -345,7 +345,8 @@ def test_a_finished_run_goes_on_to_a_later_end(tmp_path: Path) -> None:
     grown.run()
     # The first end was evaluated too, which training does not notice.
     a, b = final_state(whole), final_state(grown)
-    assert_identical(*({part: state[part] for part in ("algo", "replay", "rollout", "torch_rng")} for state in (a, b)))
+    parts = ("algo", "replay", "rollout", "torch_rng")
+    assert_identical({part: a[part] for part in parts}, {part: b[part] for part in parts})
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
