@@ -9,15 +9,16 @@ namespace fastmix::FASTMIX_ISA {
 
 template <class T>
 FASTMIX_INLINE T sum_of(const T* x, int64_t stride, int64_t n) {
-  T total = 0;
-  int64_t i = 0;
-  if (stride == 1 && n >= lanes<T>) {
-    Vec<T> part{};
-    for (; i + lanes<T> <= n; i += lanes<T>) part += load(x + i);
-    total = sum<T>(part);
+  if (stride != 1) {
+    T total = 0;
+    for (int64_t i = 0; i < n; ++i) total += x[i * stride];
+    return total;
   }
-  for (; i < n; ++i) total += x[i * stride];
-  return total;
+  Vec<T> total{};
+  int64_t i = 0;
+  for (; i + lanes<T> <= n; i += lanes<T>) total += load(x + i);
+  if (i < n) total += load_part(x + i, static_cast<int>(n - i));
+  return sum<T>(total);
 }
 
 // Where the quantiles of a row lie: agents agent_stride apart, their quantiles stride apart.
@@ -36,16 +37,22 @@ FASTMIX_INLINE void split_row(const T* quantiles, const QuantileLayout& at, T* m
     all += mean;
   }
   if (shape == nullptr) return;
-  int64_t i = 0;
-  for (; at.stride == 1 && i + lanes<T> <= at.n; i += lanes<T>) {
-    Vec<T> total{};
-    for (int64_t agent = 0; agent < at.n_agents; ++agent) total += load(quantiles + agent * at.agent_stride + i);
-    store(shape + i, total - all);
+  const auto over_agents = [&](const auto& some) __attribute__((always_inline)) {
+    auto total = some(quantiles);
+    for (int64_t agent = 1; agent < at.n_agents; ++agent) total += some(quantiles + agent * at.agent_stride);
+    return total - all;
+  };
+  if (at.stride != 1) {
+    for (int64_t i = 0; i < at.n; ++i) shape[i] = over_agents([&](const T* from) { return from[i * at.stride]; });
+    return;
   }
-  for (; i < at.n; ++i) {
-    T total = 0;
-    for (int64_t agent = 0; agent < at.n_agents; ++agent) total += quantiles[agent * at.agent_stride + i * at.stride];
-    shape[i] = total - all;
+  int64_t i = 0;
+  for (; i + lanes<T> <= at.n; i += lanes<T>) {
+    store(shape + i, over_agents([&](const T* from) { return load(from + i); }));
+  }
+  if (i < at.n) {
+    const int rest = static_cast<int>(at.n - i);
+    store_part(shape + i, over_agents([&](const T* from) { return load_part(from + i, rest); }), rest);
   }
 }
 

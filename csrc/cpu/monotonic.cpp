@@ -644,8 +644,9 @@ class Backward {
     const T* activations = p_.activations + first * z_.stride;
     const int64_t n = p_.agent_qs.quantiles;
     const T* upstream = p_.grad_q_tot + first * n;
-    T grads[kBlockRows];  // of q_tot
-    for (int64_t row = 0; row < rows; ++row) grads[row] = sum_of(upstream + row * n, 1, n);
+    T sums[kBlockRows];
+    for (int64_t row = 0; n > 1 && row < rows; ++row) sums[row] = sum_of(upstream + row * n, 1, n);
+    const T* grads = n == 1 ? upstream : sums;  // of q_tot
     gather_qs(p_.agent_qs, z_.agents, first, rows, b.qs);
     if (!z_.two_layers) gather_states(x, rows, tiled, z_, b.states);
     const T* inputs1 = z_.two_layers ? activations + z_.h1 : b.states;
