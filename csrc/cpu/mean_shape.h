@@ -26,7 +26,7 @@ struct QuantileLayout {
   int64_t n_agents, n, agent_stride, stride;
 };
 
-// `shape` [N] is null where it is not wanted; means are mean_stride apart.
+// Means [A], mean_stride apart, and `shape` [N], null where it is not wanted.
 template <class T>
 FASTMIX_INLINE void split_row(const T* quantiles, const QuantileLayout& at, T* means, int64_t mean_stride, T* shape) {
   const T share = T(1) / static_cast<T>(at.n);
@@ -37,9 +37,9 @@ FASTMIX_INLINE void split_row(const T* quantiles, const QuantileLayout& at, T* m
     all += mean;
   }
   if (shape == nullptr) return;
-  const auto over_agents = [&](const auto& some) __attribute__((always_inline)) {
-    auto total = some(quantiles);
-    for (int64_t agent = 1; agent < at.n_agents; ++agent) total += some(quantiles + agent * at.agent_stride);
+  const auto over_agents = [&](const auto& pick) __attribute__((always_inline)) {
+    auto total = pick(quantiles);
+    for (int64_t agent = 1; agent < at.n_agents; ++agent) total += pick(quantiles + agent * at.agent_stride);
     return total - all;
   };
   if (at.stride != 1) {

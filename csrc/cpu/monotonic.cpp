@@ -335,7 +335,7 @@ FASTMIX_INLINE Vec<T> valid(Vec<T> x, int64_t column, int64_t columns) {
   return where_bits<T>(static_cast<LaneBits<T>>((1u << (columns > column ? columns - column : 0)) - 1), x);
 }
 
-// q_tot [rows] or, of distributions, what is added to each of n numbers of their shapes [rows, n].
+// Writes q_tot [rows] or, of distributions, adds it to their shapes, which q_tot [rows, n] holds.
 template <class T, Positivity P>
 __attribute__((noinline)) void finish(const Sizes<T>& z, T beta, const T* v_weight, T v_bias, int64_t rows,
                                       const T* activations, int64_t n, T* q_tot) {

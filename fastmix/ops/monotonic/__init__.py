@@ -56,7 +56,7 @@ def monotonic(
     agent_qs, states, params = checked(agent_qs, states, params, positivity, beta)
     limit = cuda.limit(agent_qs, states, params, positivity) if agent_qs.is_cuda else None
     chosen = backends.resolve("monotonic", agent_qs, backend, native_limit=limit)
-    if _checks.autocast_enabled(agent_qs) and chosen != "triton":  # which multiplies in autocast's dtype
+    if chosen == "reference" and _checks.autocast_enabled(agent_qs):  # Triton multiplies in autocast's dtype
         with torch.autocast(agent_qs.device.type, enabled=False):
             return _run(chosen, agent_qs, states, params, positivity, beta)
     return _run(chosen, agent_qs, states, params, positivity, beta)

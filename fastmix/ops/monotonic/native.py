@@ -19,9 +19,9 @@ _ABS: Final = POSITIVITY_CODES["abs"]
 def monotonic(agent_qs: Tensor, states: Tensor, params: MonotonicParams, positivity: str, beta: float) -> Tensor:
     """See `fastmix.ops.monotonic`; arguments are already checked.
 
-    ``[N, A]`` and ``[N, S]`` give ``[N, 1]``, ``[B, N, A]`` and ``[B, N, S]`` give ``[B, N, 1]``. With one axis more,
-    ``agent_qs`` are the agents' distributions as Q quantiles, whose means are mixed and whose shapes
-    (`fastmix.ops.mean_shape`) are added: ``[N, A, Q]`` gives ``[N, Q]``, ``[B, N, A, Q]`` gives ``[B, N, Q]``.
+    ``[N, A]`` and ``[N, S]`` give ``[N, 1]``, ``[B, N, A]`` and ``[B, N, S]`` give ``[B, N, 1]``. With one axis more
+    ``agent_qs`` are Q quantiles of each agent, and this is `fastmix.ops.quantile_mix`: ``[N, A, Q]`` gives ``[N, Q]``,
+    ``[B, N, A, Q]`` gives ``[B, N, Q]``.
     """
     training = _library.wants_grad((agent_qs, states, *params))
     q_tot: Tensor = _monotonic(agent_qs, states, *params, POSITIVITY_CODES[positivity], beta, training)[0]
@@ -39,8 +39,8 @@ def _forward(agent_qs: Tensor, states: Tensor, *rest: Any) -> tuple[Tensor, Tens
         dense_params(params),
     )
     dtype, is_double = agent_qs.dtype, agent_qs.dtype == torch.float64
-    agents = _agents(agent_qs, states)
-    q_tot = torch.empty((*states.shape[:-1], agents[1][0]), dtype=dtype)
+    agents, quantiles = _agents(agent_qs, states)
+    q_tot = torch.empty((*states.shape[:-1], quantiles[0]), dtype=dtype)
     if not training:
         activations, signs = torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype)
     else:
@@ -48,7 +48,7 @@ def _forward(agent_qs: Tensor, states: Tensor, *rest: Any) -> tuple[Tensor, Tens
         activations = torch.empty(padded_rows, columns, dtype=dtype)
         signs = torch.empty(padded_rows, sign_bytes if positivity == _ABS else 0, dtype=torch.uint8)
     _core.monotonic_forward(
-        *agents, layout(states), addresses, q_tot.data_ptr(), activations.data_ptr(), signs.data_ptr(),
+        agents, quantiles, layout(states), addresses, q_tot.data_ptr(), activations.data_ptr(), signs.data_ptr(),
         sizes, positivity, beta, is_double, torch.get_num_threads(),
     )  # fmt: skip
     del kept
@@ -78,7 +78,7 @@ def _backward_forward(grad_q_tot: Tensor, agent_qs: Tensor, states: Tensor, *res
 
 
 def _agents(agent_qs: Tensor, states: Tensor) -> tuple[Rows, tuple[int, int]]:
-    """Where the agents' values lie, or of distributions the first quantiles; how many, and how far apart they are."""
+    """Where the agents' values lie, or their first quantiles; how many there are, and their stride."""
     if agent_qs.dim() == states.dim():
         return layout(agent_qs), (1, 1)
     return layout(agent_qs.select(-1, 0)), (agent_qs.shape[-1], agent_qs.stride(-1))

@@ -1,9 +1,9 @@
 """`quantile` through the compiled core: the loss with its gradient in one pass, and no tensor of pairs.
 
-On the CPU the mean-shape mix is the op `monotonic` itself, which takes distributions, too.
-
 The gradient still lacks the factor with the normaliser: when it is written, the mask's sum is not known, and on CUDA
 the host does not wait for it. The backward pass multiplies by it together with the gradient of the loss.
+
+On the CPU the mean-shape mix is the op `monotonic` itself, which takes distributions, too.
 """
 
 from __future__ import annotations
