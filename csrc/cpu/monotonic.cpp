@@ -168,8 +168,8 @@ struct Generators {
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
-// The agents' values of a block, transposed to [A][kBlockRows]; zeros behind the last row. Of distributions they are
-// the means, and the shapes go to `shape` [count, N] unless it is null.
+// The agents' values of a block, transposed to [A][kBlockRows]; zeros in the rows that pad the last one. Of
+// distributions they are the means, and the shapes go to `shape` [count, N] unless it is null.
 template <class T>
 __attribute__((noinline)) void gather_qs(const MonotonicAgents<T>& agent_qs, int64_t agents, int64_t first,
                                          int64_t count, T* out, T* shape = nullptr) {
@@ -186,7 +186,7 @@ __attribute__((noinline)) void gather_qs(const MonotonicAgents<T>& agent_qs, int
     }
   }
   for (int64_t a = 0; a < agents; ++a) {
-    for (int64_t i = count; i < kBlockRows; ++i) out[a * kBlockRows + i] = 0;
+    for (int64_t i = count; i < round_up(count, kMonotonicRowPadding); ++i) out[a * kBlockRows + i] = 0;
   }
 }
 
