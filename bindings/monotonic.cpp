@@ -13,6 +13,7 @@ namespace {
 
 using Addresses = std::array<Address, 14>;  // of the parameters, in the order of MonotonicWeights
 using Sizes = std::array<int64_t, 5>;       // rows, agents, embed, hidden, state_dim
+using Quantiles = std::array<int64_t, 2>;   // of each agent, and their stride; 1 of values
 
 MonotonicShape shape(const Sizes& sizes, int positivity, double beta, int threads) {
   const auto [rows, agents, embed, hidden, state_dim] = sizes;
@@ -42,11 +43,17 @@ MonotonicWeights<T> weights(const Addresses& a, const MonotonicShape& s) {
 }
 
 template <class T>
-void forward(const MonotonicShape& s, const Rows& agent_qs, const Rows& states, const Addresses& parameters,
-             Address q_tot, Address activations, Address signs) {
+MonotonicAgents<T> agents(const Rows& agent_qs, const Quantiles& quantiles, const MonotonicShape& s) {
+  check(quantiles[0] >= 1, "there must be a quantile");
+  return {strided<T>(agent_qs, s.rows, "agent_qs"), quantiles[0], quantiles[1]};
+}
+
+template <class T>
+void forward(const MonotonicShape& s, const Rows& agent_qs, const Quantiles& quantiles, const Rows& states,
+             const Addresses& parameters, Address q_tot, Address activations, Address signs) {
   check(states[4] == 1, "states must be dense in their last dimension");
   const MonotonicForward<T> p{s,
-                              strided<T>(agent_qs, s.rows, "agent_qs"),
+                              agents<T>(agent_qs, quantiles, s),
                               strided<T>(states, s.rows, "states"),
                               weights<const T>(parameters, s),
                               pointer<T>(q_tot, s.rows, "q_tot"),
@@ -57,12 +64,12 @@ void forward(const MonotonicShape& s, const Rows& agent_qs, const Rows& states, 
 }
 
 template <class T>
-void backward(const MonotonicShape& s, const Rows& agent_qs, const Rows& states, const Addresses& parameters,
-              Address grad_q_tot, Address activations, Address signs, Address grad_agent_qs, Address grad_states,
-              const Addresses* gradients) {
+void backward(const MonotonicShape& s, const Rows& agent_qs, const Quantiles& quantiles, const Rows& states,
+              const Addresses& parameters, Address grad_q_tot, Address activations, Address signs,
+              Address grad_agent_qs, Address grad_states, const Addresses* gradients) {
   check(states[4] == 1, "states must be dense in their last dimension");
   const MonotonicBackward<T> p{s,
-                               strided<T>(agent_qs, s.rows, "agent_qs"),
+                               agents<T>(agent_qs, quantiles, s),
                                strided<T>(states, s.rows, "states"),
                                weights<const T>(parameters, s),
                                pointer<const T>(grad_q_tot, s.rows, "grad_q_tot"),
@@ -205,19 +212,21 @@ void register_monotonic(py::module_& m) {
                               FASTMIX_DISPATCH(monotonic_sign_bytes, agents, embed, is_double));
       },
       "Multiple to which saved rows are padded, columns of `activations`, bytes of `signs` in a row.");
-  m.def("monotonic_forward",
-        [](const Rows& agent_qs, const Rows& states, const Addresses& parameters, Address q_tot, Address activations,
-           Address signs, const Sizes& sizes, int positivity, double beta, bool is_double, int threads) {
-          const MonotonicShape s = shape(sizes, positivity, beta, threads);
-          (is_double ? forward<double> : forward<float>)(s, agent_qs, states, parameters, q_tot, activations, signs);
-        });
-  m.def("monotonic_backward", [](const Rows& agent_qs, const Rows& states, const Addresses& parameters,
-                                 Address grad_q_tot, Address activations, Address signs, Address grad_agent_qs,
-                                 Address grad_states, const std::optional<Addresses>& gradients, const Sizes& sizes,
-                                 int positivity, double beta, bool is_double, int threads) {
+  m.def("monotonic_forward", [](const Rows& agent_qs, const Quantiles& quantiles, const Rows& states,
+                                const Addresses& parameters, Address q_tot, Address activations, Address signs,
+                                const Sizes& sizes, int positivity, double beta, bool is_double, int threads) {
     const MonotonicShape s = shape(sizes, positivity, beta, threads);
-    (is_double ? backward<double> : backward<float>)(s, agent_qs, states, parameters, grad_q_tot, activations, signs,
-                                                     grad_agent_qs, grad_states, gradients ? &*gradients : nullptr);
+    (is_double ? forward<double> : forward<float>)(s, agent_qs, quantiles, states, parameters, q_tot, activations,
+                                                   signs);
+  });
+  m.def("monotonic_backward", [](const Rows& agent_qs, const Quantiles& quantiles, const Rows& states,
+                                 const Addresses& parameters, Address grad_q_tot, Address activations, Address signs,
+                                 Address grad_agent_qs, Address grad_states, const std::optional<Addresses>& gradients,
+                                 const Sizes& sizes, int positivity, double beta, bool is_double, int threads) {
+    const MonotonicShape s = shape(sizes, positivity, beta, threads);
+    (is_double ? backward<double> : backward<float>)(s, agent_qs, quantiles, states, parameters, grad_q_tot,
+                                                     activations, signs, grad_agent_qs, grad_states,
+                                                     gradients ? &*gradients : nullptr);
   });
 }
 

@@ -232,6 +232,7 @@ SMALL_CASES = [
     pytest.param(lambda: cases.select(4, 5, 3, 6, train=True), id="select training"),
     pytest.param(lambda: cases.td_loss(4, 9), id="td_loss"),
     pytest.param(lambda: cases.quantile(4, 9, 5), id="quantile"),
+    pytest.param(lambda: joint.quantile_mix("3m", 33, 5, compiled=()), id="quantile_mix"),
 ]
 
 

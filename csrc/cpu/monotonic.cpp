@@ -2,6 +2,7 @@
 
 #include "cpu/gemm.h"
 #include "cpu/math.h"
+#include "cpu/mean_shape.h"
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
 #include "cpu/scratch.h"
@@ -19,6 +20,9 @@
 //
 // With softplus and the square backward makes w1_a again, which is cheaper than to keep it. Sums over rows are made in
 // two levels: every tile of a weight gradient starts from zero in each block and is added to the thread's sum once.
+//
+// Of distributions q_a are the means, which every block makes of its quantiles, in backward once more; forward gives
+// q_tot + shape, and with g the gradient of that d q_tot = sum_n g_n, d quantile_an = g_n + (dq_a - d q_tot) / N.
 namespace fastmix::FASTMIX_ISA {
 namespace {
 
@@ -164,15 +168,25 @@ struct Generators {
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
-// agent_qs of a block, transposed to [A][kBlockRows]; zeros behind the last row.
+// The agents' values of a block, transposed to [A][kBlockRows]; zeros in the rows that pad the last one. Of
+// distributions they are the means, and the shapes go to `shape` [count, N] unless it is null.
 template <class T>
-__attribute__((noinline)) void gather_qs(const StridedRows<T>& agent_qs, int64_t agents, int64_t first, int64_t count,
-                                         T* out) {
+__attribute__((noinline)) void gather_qs(const MonotonicAgents<T>& agent_qs, int64_t agents, int64_t first,
+                                         int64_t count, T* out, T* shape = nullptr) {
   const T* rows[kBlockRows];
   find_rows(agent_qs, first, count, rows);
+  if (agent_qs.quantiles == 1) {
+    for (int64_t a = 0; a < agents; ++a) {
+      for (int64_t i = 0; i < count; ++i) out[a * kBlockRows + i] = rows[i][a * agent_qs.column_stride];
+    }
+  } else {
+    const QuantileLayout at{agents, agent_qs.quantiles, agent_qs.column_stride, agent_qs.quantile_stride};
+    for (int64_t i = 0; i < count; ++i) {
+      split_row(rows[i], at, out + i, kBlockRows, shape == nullptr ? nullptr : shape + i * at.n);
+    }
+  }
   for (int64_t a = 0; a < agents; ++a) {
-    for (int64_t i = 0; i < count; ++i) out[a * kBlockRows + i] = rows[i][a * agent_qs.column_stride];
-    for (int64_t i = count; i < kBlockRows; ++i) out[a * kBlockRows + i] = 0;
+    for (int64_t i = count; i < round_up(count, kMonotonicRowPadding); ++i) out[a * kBlockRows + i] = 0;
   }
 }
 
@@ -321,16 +335,22 @@ FASTMIX_INLINE Vec<T> valid(Vec<T> x, int64_t column, int64_t columns) {
   return where_bits<T>(static_cast<LaneBits<T>>((1u << (columns > column ? columns - column : 0)) - 1), x);
 }
 
+// Writes q_tot [rows] or, of distributions, adds it to their shapes, which q_tot [rows, n] holds.
 template <class T, Positivity P>
 __attribute__((noinline)) void finish(const Sizes<T>& z, T beta, const T* v_weight, T v_bias, int64_t rows,
-                                      const T* activations, T* q_tot) {
+                                      const T* activations, int64_t n, T* q_tot) {
   for (int64_t row = 0; row < rows; ++row, activations += z.stride) {
     Vec<T> total{};
     for (int64_t c = 0; c < z.e; c += lanes<T>) {
       const Vec<T> mixed = elu<T>(load(activations + z.b1 + c)) * positive<T, P>(load(activations + z.w2 + c), beta);
       total += valid<T>(mixed, c, z.embed) + load(activations + z.v + c) * load(v_weight + c);
     }
-    q_tot[row] = sum<T>(total) + v_bias;
+    const T value = sum<T>(total) + v_bias;
+    if (n == 1) {
+      q_tot[row] = value;
+    } else {
+      for (int64_t i = 0; i < n; ++i) q_tot[row * n + i] += value;
+    }
   }
 }
 
@@ -351,6 +371,7 @@ void forward_blocks(const MonotonicForward<T>& p) {
   const Sizes<T> z(p);
   const int threads = useful_threads(static_cast<double>(p.rows) * z.flops_per_row(), p.threads);
   const bool keeps = p.activations != nullptr;
+  const int64_t n = p.agent_qs.quantiles;
   Scratch scratch;
   const FirstLayer<T> first_layer(scratch, z);
   const Generators<T> generators(scratch, z);
@@ -366,9 +387,10 @@ void forward_blocks(const MonotonicForward<T>& p) {
     T* states = qs + z.agents * kBlockRows;
     T* activations = keeps ? p.activations + first * z.stride : states + (z.two_layers ? 0 : kBlockRows * z.k);
     const int64_t tiled = round_up(rows, kMonotonicRowPadding);
+    T* q_tot = p.q_tot + first * n;
     const T* x[kBlockRows];
     find_rows(p.states, first, rows, x);
-    gather_qs(p.agent_qs, z.agents, first, rows, qs);
+    gather_qs(p.agent_qs, z.agents, first, rows, qs, q_tot);
     for (int64_t i = rows * z.stride; i < tiled * z.stride; ++i) activations[i] = 0;
     if (!z.two_layers) gather_states(x, rows, tiled, z, states);
     const T* inputs1 = z.two_layers ? activations + z.h1 : states;
@@ -380,7 +402,7 @@ void forward_blocks(const MonotonicForward<T>& p) {
     const T beta = static_cast<T>(p.beta);
     with_positivity(p.positivity, [&]<Positivity P>() {
       mix<T, P>(z, generators, beta, inputs1, input_stride, qs, first, tiled, activations, p.signs);
-      finish<T, P>(z, beta, v_weight, *p.weights.v_bias, rows, activations, p.q_tot + first);
+      finish<T, P>(z, beta, v_weight, *p.weights.v_bias, rows, activations, n, q_tot);
     });
   });
 }
@@ -420,10 +442,12 @@ void forward_dots(const MonotonicForward<T>& p) {
   Scratch scratch;
   T* activations = scratch.take<T>(p.rows * z.stride);
   T* w1 = scratch.take<T>(p.rows * generated);
+  T* qs = scratch.take<T>(z.agents * kBlockRows);
   T* v_weight = scratch.take<T>(z.e);
   copy_padded(p.weights.v_weight, z.embed, v_weight, z.e);
   const T* x[kDotRows];
   find_rows(p.states, 0, p.rows, x);
+  gather_qs(p.agent_qs, z.agents, 0, p.rows, qs, p.q_tot);
   for (int i = z.two_layers ? 0 : 2; i < 4; ++i) {
     const auto segment = z.segment(i);
     dots(segment_weight(p.weights, i), segment_bias(p.weights, i), segment.size, z.state, x, p.rows,
@@ -449,14 +473,13 @@ void forward_dots(const MonotonicForward<T>& p) {
     for (int64_t row = 0; row < p.rows; ++row) {
       T* weights = w1 + row * generated;
       for (int64_t c = 0; c < generated; c += lanes<T>) store(weights + c, positive<T, P>(load(weights + c), beta));
-      const T* qs = row_of(p.agent_qs, row);
       T* hidden = activations + row * z.stride + z.b1;
       for (int64_t a = 0; a < z.agents; ++a) {
-        const T q = qs[a * p.agent_qs.column_stride];
+        const T q = qs[a * kBlockRows + row];
         for (int64_t c = 0; c < z.embed; ++c) hidden[c] += q * weights[a * z.embed + c];
       }
     }
-    finish<T, P>(z, beta, v_weight, *p.weights.v_bias, p.rows, activations, p.q_tot);
+    finish<T, P>(z, beta, v_weight, *p.weights.v_bias, p.rows, activations, p.agent_qs.quantiles, p.q_tot);
   });
 }
 
@@ -619,6 +642,11 @@ class Backward {
     const Block<T>& b = blocks_[thread];
     const int64_t tiled = round_up(rows, kMonotonicRowPadding);
     const T* activations = p_.activations + first * z_.stride;
+    const int64_t n = p_.agent_qs.quantiles;
+    const T* upstream = p_.grad_q_tot + first * n;
+    T sums[kBlockRows];
+    for (int64_t row = 0; n > 1 && row < rows; ++row) sums[row] = sum_of(upstream + row * n, 1, n);
+    const T* grads = n == 1 ? upstream : sums;  // of q_tot
     gather_qs(p_.agent_qs, z_.agents, first, rows, b.qs);
     if (!z_.two_layers) gather_states(x, rows, tiled, z_, b.states);
     const T* inputs1 = z_.two_layers ? activations + z_.h1 : b.states;
@@ -630,7 +658,7 @@ class Backward {
     T* dinputs2 = !wants_inputs ? nullptr : z_.two_layers ? dz + z_.h2 : b.dx;
     const int64_t dinput_stride = z_.two_layers ? z_.first : z_.k;
 
-    with_positivity(p_.positivity, [&]<Positivity P>() { outer<P>(first, rows, tiled, activations, dz, thread); });
+    with_positivity(p_.positivity, [&]<Positivity P>() { outer<P>(grads, rows, tiled, activations, dz, thread); });
     if (dinputs2 != nullptr) w2_input_grad(b.dw2, tiled, inputs2, input_stride, dinputs2, dinput_stride);
     if (p_.wants_weights) {
       generator_weight_grad(b.dw2, inputs2, input_stride, rows, grads_[thread].w2);
@@ -668,8 +696,12 @@ class Backward {
     }
     if (p_.grad_agent_qs != nullptr) {
       for (int64_t row = 0; row < rows; ++row) {
-        T* to = p_.grad_agent_qs + (first + row) * z_.agents;
-        for (int64_t agent = 0; agent < z_.agents; ++agent) to[agent] = b.dqs[agent * kBlockRows + row];
+        T* to = p_.grad_agent_qs + (first + row) * z_.agents * n;
+        if (n == 1) {
+          for (int64_t agent = 0; agent < z_.agents; ++agent) to[agent] = b.dqs[agent * kBlockRows + row];
+        } else {
+          split_row_backward(b.dqs + row, kBlockRows, upstream + row * n, grads[row], z_.agents, n, to);
+        }
       }
     }
     if (p_.grad_states != nullptr) state_grad(dz, b.dx, rows, p_.grad_states + first * z_.state);
@@ -679,10 +711,9 @@ class Backward {
 
   // The outer layer: gradients of w2, of the b1 columns and of V's hidden layer.
   template <Positivity P>
-  __attribute__((noinline)) void outer(int64_t first, int64_t rows, int64_t tiled, const T* activations, T* dz,
+  __attribute__((noinline)) void outer(const T* grads, int64_t rows, int64_t tiled, const T* activations, T* dz,
                                        int thread) {
     const Block<T>& b = blocks_[thread];
-    const T* grads = p_.grad_q_tot + first;
     for (int64_t c = 0; c < z_.e; c += lanes<T>) {
       const Vec<T> v_weight = load(v_weight_ + c);
       Vec<T> v_sum{};

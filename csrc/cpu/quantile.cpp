@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "cpu/mean_shape.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "cpu/workspace.h"
@@ -202,41 +203,14 @@ constexpr int64_t kNumbersPerTask = 16384;
 
 template <class T>
 void split(const MeanShape<T>& p) {
+  const QuantileLayout at{p.n_agents, p.n, p.strides[2], p.strides[3]};
   const int64_t numbers = p.n_agents * p.n, rows = p.outer * p.inner;
-  const T share = T(1) / static_cast<T>(p.n);
   parallel_parts(rows, p.threads, kNumbersPerTask / numbers + 1, [&](int64_t begin, int64_t end, int) {
     if (begin == end) return;
     int64_t outer = begin / p.inner, inner = begin % p.inner;
     for (int64_t row = begin; row < end; ++row) {
       const T* from = p.quantiles + outer * p.strides[0] + inner * p.strides[1];
-      T *means = p.means + row * p.n_agents, *shape = p.shape + row * p.n;
-      for (int64_t i = 0; i < p.n; ++i) shape[i] = 0;
-      T all = 0;
-      for (int64_t agent = 0; agent < p.n_agents; ++agent, from += p.strides[2]) {
-        T sum = 0;
-        if (p.strides[3] == 1) {
-          Vec<T> lanes_sum{};
-          int64_t i = 0;
-          for (; i + lanes<T> <= p.n; i += lanes<T>) {
-            const Vec<T> value = load(from + i);
-            lanes_sum += value;
-            store<T>(shape + i, load(shape + i) + value);
-          }
-          for (; i < p.n; ++i) {
-            sum += from[i];
-            shape[i] += from[i];
-          }
-          if (p.n >= lanes<T>) sum += fastmix::FASTMIX_ISA::sum<T>(lanes_sum);
-        } else {
-          for (int64_t i = 0; i < p.n; ++i) {
-            sum += from[i * p.strides[3]];
-            shape[i] += from[i * p.strides[3]];
-          }
-        }
-        means[agent] = sum * share;
-        all += means[agent];
-      }
-      for (int64_t i = 0; i < p.n; ++i) shape[i] -= all;
+      split_row(from, at, p.means + row * p.n_agents, 1, p.shape + row * p.n);
       if (++inner == p.inner) {
         inner = 0;
         ++outer;
@@ -248,17 +222,11 @@ void split(const MeanShape<T>& p) {
 template <class T>
 void split_backward(const MeanShapeBackward<T>& p) {
   const int64_t numbers = p.n_agents * p.n;
-  const T share = T(1) / static_cast<T>(p.n);
   parallel_parts(p.rows, p.threads, kNumbersPerTask / numbers + 1, [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
-      const T *means = p.grad_means + row * p.n_agents, *shape = p.grad_shape + row * p.n;
-      T* grad = p.grad + row * numbers;
-      T sum = 0;
-      for (int64_t i = 0; i < p.n; ++i) sum += shape[i];
-      for (int64_t agent = 0; agent < p.n_agents; ++agent, grad += p.n) {
-        const T same = (means[agent] - sum) * share;
-        for (int64_t i = 0; i < p.n; ++i) grad[i] = shape[i] + same;
-      }
+      const T* shape = p.grad_shape + row * p.n;
+      split_row_backward(p.grad_means + row * p.n_agents, 1, shape, sum_of(shape, 1, p.n), p.n_agents, p.n,
+                         p.grad + row * numbers);
     }
   });
 }

@@ -8,11 +8,6 @@
 namespace fastmix::FASTMIX_ISA {
 
 template <class T>
-inline const T* row_of(const StridedRows<T>& rows, int64_t row) {
-  return rows.data + row / rows.inner * rows.outer_stride + row % rows.inner * rows.inner_stride;
-}
-
-template <class T>
 inline void find_rows(const StridedRows<T>& rows, int64_t first, int64_t count, const T** out) {
   int64_t outer = first / rows.inner, inner = first % rows.inner;
   for (int64_t i = 0; i < count; ++i) {

@@ -73,9 +73,18 @@ FASTMIX_INLINE void store(T* p, Vec<T> v) {
 // The first n lanes of memory, the others zero: never reads behind p + n.
 template <class T>
 FASTMIX_INLINE Vec<T> load_part(const T* p, int n) {
+#if defined(__AVX512F__)
+  const unsigned mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 4) {
+    return reinterpret_cast<Vec<T>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p));
+  } else {
+    return reinterpret_cast<Vec<T>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p));
+  }
+#else
   Vec<T> v{};
   std::memcpy(&v, p, static_cast<size_t>(n) * sizeof(T));
   return v;
+#endif
 }
 
 template <class T>

@@ -32,6 +32,13 @@ struct MonotonicWeights {
   T *v_weight, *v_bias;                  // [1, E], [1]
 };
 
+// The agents' values [rows, A]; or their distributions, quantiles [rows, A, N], whose means are mixed and whose shapes
+// (fastmix/quantile.h) are added to the result. Of values N is 1.
+template <class T>
+struct MonotonicAgents : StridedRows<T> {
+  int64_t quantiles, quantile_stride;
+};
+
 // What forward keeps for backward: activations [saved_rows, saved_columns] of the hypernets' first layers, and with
 // Positivity::abs the signs of the generated weights, two bits each, [saved_rows * sign_bytes].
 inline constexpr int64_t kMonotonicRowPadding = 12;
@@ -46,21 +53,23 @@ constexpr int64_t monotonic_saved_columns(const MonotonicShape& s) {
 
 template <class T>
 struct MonotonicForward : MonotonicShape {
-  StridedRows<T> agent_qs, states;  // states with column_stride 1
+  MonotonicAgents<T> agent_qs;
+  StridedRows<T> states;  // with column_stride 1
   MonotonicWeights<const T> weights;
-  T* q_tot;              // [rows]
+  T* q_tot;              // [rows, N]
   T* activations;        // null: nothing is kept
   unsigned char* signs;  // null unless activations are kept and positivity is abs
 };
 
 template <class T>
 struct MonotonicBackward : MonotonicShape {
-  StridedRows<T> agent_qs, states;
+  MonotonicAgents<T> agent_qs;
+  StridedRows<T> states;
   MonotonicWeights<const T> weights;
-  const T* grad_q_tot;  // [rows]
+  const T* grad_q_tot;  // [rows, N]
   const T* activations;
   const unsigned char* signs;
-  T* grad_agent_qs;                  // [rows, A]; null: not wanted
+  T* grad_agent_qs;                  // [rows, A, N]; null: not wanted
   T* grad_states;                    // [rows, S]; null: not wanted
   MonotonicWeights<T> weight_grads;  // all null: not wanted
   bool wants_weights;

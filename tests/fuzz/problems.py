@@ -128,7 +128,7 @@ def returns(draw: Draw) -> None:
 
 
 def monotonic(draw: Draw) -> None:
-    """One and two hypernet layers, every positivity, any leading dimensions; gradients of a random subset."""
+    """Values or distributions, one and two hypernet layers, any leading dimensions; gradients of a random subset."""
     leading = [draw.size("rows", 150, 0)] if draw.flag("flat") else [draw.size("episodes", 9, 0), draw.size("steps", 9)]
     agents, embed, state = draw.size("agents", 27), draw.size("embed", 66), draw.size("state", 130)
     hyper = draw.size("hyper", 70) if draw.flag("two_layers") else None
@@ -154,12 +154,14 @@ def monotonic(draw: Draw) -> None:
         v_weight=parameter(1, embed),
         v_bias=parameter(1),
     )
-    agent_qs = draw.tensor(*leading, agents, grad=draw.flag("gradient_of_qs", 0.8))
+    distribution = [draw.size("quantiles", 40)] if draw.flag("distributions", 0.3) else []
+    op = ops.quantile_mix if distribution else ops.monotonic
+    agent_qs = draw.tensor(*leading, agents, *distribution, grad=draw.flag("gradient_of_qs", 0.8))
     states = draw.tensor(*leading, state, grad=draw.flag("gradient_of_states", 0.3))
     positivity, beta = draw.choice("positivity", POSITIVITIES), draw.choice("beta", [1.0, 0.3, 4.0])
 
     def run(backend: str) -> Any:
-        return ops.monotonic(agent_qs, states, params, positivity=positivity, beta=beta, backend=backend)
+        return op(agent_qs, states, params, positivity=positivity, beta=beta, backend=backend)
 
     _compare(draw, [agent_qs, states, *(p for p in params if p is not None)], run)
 

@@ -19,6 +19,7 @@ from fastmix.ops import (
     monotonic,
     quantile_features,
     quantile_loss,
+    quantile_mix,
     recognise,
     recurrent,
     returns,
@@ -87,7 +88,9 @@ def run_quantile(backend: str) -> tuple[list[Tensor], list[Tensor]]:
 def run_monotonic(backend: str) -> tuple[list[Tensor], list[Tensor]]:
     params = monotonic_params(SHAPE, embed=33)
     qs, states = torch.randn(29, 3, requires_grad=True), torch.randn(29, 17, requires_grad=True)
-    return [monotonic(qs, states, params, backend=backend)], [qs, states, *(p for p in params if p is not None)]
+    z = torch.randn(29, 3, 9, requires_grad=True)
+    outputs = [monotonic(qs, states, params, backend=backend), quantile_mix(z, states, params, backend=backend)]
+    return outputs, [qs, z, states, *leaves(params)]
 
 
 def run_recurrent(backend: str) -> tuple[list[Tensor], list[Tensor]]:

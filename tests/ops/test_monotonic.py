@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastmix.ops import monotonic
+from fastmix.ops import monotonic, quantile_mix
 from fastmix.ops.monotonic import POSITIVITIES, MonotonicParams, reference
 from fastmix.testing import assert_close
 from fastmix.testing.bench import saved_bytes
@@ -25,7 +25,7 @@ KINK = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 class Problem:
-    """Random inputs and weights."""
+    """Random inputs and weights: of `quantile_mix` where ``quantiles`` are given."""
 
     def __init__(
         self,
@@ -39,11 +39,15 @@ class Problem:
         positivity: str = "abs",
         beta: float = 1.3,
         grad: bool = True,
+        quantiles: int | None = None,
     ) -> None:
         self.params = monotonic_params(
             Shape(agents, 3, state_dim=state, obs_dim=3), embed, hyper, layers, dtype=dtype, requires_grad=grad
         )
-        self.agent_qs = torch.randn(*leading, agents, dtype=dtype, requires_grad=grad)
+        self.op = monotonic if quantiles is None else quantile_mix
+        self.outputs = quantiles or 1
+        distribution = () if quantiles is None else (quantiles,)
+        self.agent_qs = torch.randn(*leading, agents, *distribution, dtype=dtype, requires_grad=grad)
         self.states = torch.randn(*leading, state, dtype=dtype, requires_grad=grad)
         self.settings: dict[str, Any] = {"positivity": positivity, "beta": beta}
 
@@ -55,7 +59,7 @@ class Problem:
         agent_qs, states, *rest = self.inputs if inputs is None else inputs
         weights = iter(rest)
         params = MonotonicParams._make(None if p is None else next(weights) for p in self.params)
-        return monotonic(agent_qs, states, params, backend=backend, **self.settings)
+        return self.op(agent_qs, states, params, backend=backend, **self.settings)
 
     def exact(self) -> tuple[Tensor, list[Tensor]]:
         """The reference in float64, and its inputs."""
@@ -76,7 +80,7 @@ class Problem:
             kinked += [F.linear(hidden1, p.w1_weight, p.w1_bias), F.linear(hidden2, p.w2_weight, p.w2_bias)]
         smooth = torch.cat(kinked, -1).abs().amin(-1, keepdim=True) > KINK[self.states.dtype]
         assert smooth.numel() == 0 or smooth.double().mean() > 0.5  # else the test would hide what it looks for
-        return torch.randn(*self.agent_qs.shape[:-1], 1).to(self.states.dtype) * smooth
+        return torch.randn(*self.states.shape[:-1], self.outputs).to(self.states.dtype) * smooth
 
 
 def assert_parity(problem: Problem) -> None:

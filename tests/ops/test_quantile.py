@@ -13,11 +13,14 @@ from torch import Tensor
 import fastmix
 from fastmix import ops
 from fastmix.ops import fractions, mean_shape, midpoints, monotonic, quantile_loss, quantile_mix
+from fastmix.ops.monotonic import POSITIVITIES
 from fastmix.ops.quantile import QuantileLoss, native
 from fastmix.testing import assert_close
+from fastmix.testing.bench import saved_bytes
 from tests.cuda import emulate
 from tests.cuda.device import captured, needs_gpu, no_waiting
 from tests.generators import ODD_AGENTS, Shape, monotonic_params, non_contiguous
+from tests.ops import test_monotonic
 from tests.ops.support import ISAS, TOLERANCE, fullgraph, gradients, run_tests_under_isa
 
 DTYPES = (torch.float32, torch.float64)
@@ -81,7 +84,7 @@ def test_loss_over_sizes(B: int, T: int, G: int) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa: str) -> None:
-    select = "(loss_over_counts or split_over_sizes or backends_draw) and not cuda"
+    select = "(loss_over_counts or split_over_sizes or mix_over_sizes or backends_draw) and not cuda"
     run_tests_under_isa(__file__, select, isa)
 
 
@@ -284,23 +287,6 @@ def test_one_row_spoils_no_other(backend: str) -> None:
         assert torch.equal(part[[0, 1, 3, 4]], wanted[[0, 1, 3, 4]])
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_mix(backend: str) -> None:
-    """`monotonic` of the means has the joint mean; every gradient is that of the two parts written out."""
-    params = monotonic_params(Shape(3, 5, state_dim=17, obs_dim=11), embed=31, dtype=torch.float64)
-    quantiles = torch.randn(6, 3, 9, dtype=torch.float64, requires_grad=True)
-    states = torch.randn(6, 17, dtype=torch.float64)
-    mixed = quantile_mix(quantiles, states, params, backend=backend)
-    means = quantiles.mean(-1)
-    q_tot = monotonic(means, states, params, backend="reference")
-    assert_close(mixed.mean(-1, keepdim=True), q_tot, 1e-12)
-    expected = q_tot + quantiles.sum(-2) - means.sum(-1, keepdim=True)
-    assert_close(mixed, expected, 1e-12)
-    inputs = [quantiles, *(p for p in params if p is not None)]
-    for grad, wanted in zip(gradients(mixed, inputs), gradients(expected, inputs), strict=True):
-        assert_close(grad, wanted, 1e-11)
-
-
 @pytest.mark.parametrize(
     ("quantiles", "error", "message"),
     [
@@ -321,6 +307,178 @@ def test_split_gradcheck_and_autocast() -> None:
     assert torch.autograd.gradcheck(lambda q: tuple(mean_shape(q, backend="native")), (quantiles,))
     with torch.autocast("cpu", torch.bfloat16):
         assert mean_shape(quantiles.bfloat16(), backend="native").means.dtype == torch.float32
+
+
+# --- The mean-shape mix ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_mix(backend: str) -> None:
+    """`monotonic` of the means has the joint mean; every gradient is that of the two parts written out."""
+    params = monotonic_params(Shape(3, 5, state_dim=17, obs_dim=11), embed=31, dtype=torch.float64)
+    quantiles = torch.randn(6, 3, 9, dtype=torch.float64, requires_grad=True)
+    states = torch.randn(6, 17, dtype=torch.float64)
+    mixed = quantile_mix(quantiles, states, params, backend=backend)
+    means = quantiles.mean(-1)
+    q_tot = monotonic(means, states, params, backend="reference")
+    assert_close(mixed.mean(-1, keepdim=True), q_tot, 1e-12)
+    expected = q_tot + quantiles.sum(-2) - means.sum(-1, keepdim=True)
+    assert_close(mixed, expected, 1e-12)
+    inputs = [quantiles, *(p for p in params if p is not None)]
+    for grad, wanted in zip(gradients(mixed, inputs), gradients(expected, inputs), strict=True):
+        assert_close(grad, wanted, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(("A", "N"), [(1, 1), (1, 33), (2, 8), (5, 32), (27, 15), (27, 33)])
+def test_mix_over_sizes(A: int, N: int, layers: int, dtype: torch.dtype) -> None:
+    for positivity in POSITIVITIES:
+        assert_mixed(61, agents=A, quantiles=N, embed=33, layers=layers, dtype=dtype, positivity=positivity)
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (1,), (6,), (97,), (3, 5), (0, 5), (2, 100), (2, 3, 5)])
+def test_mix_over_leading_dimensions(leading: tuple[int, ...]) -> None:
+    assert_mixed(*leading, quantiles=9)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_mix_on_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
+    assert_mixed(1_000, state=100, quantiles=8)
+
+
+def assert_mixed(*leading: int, **sizes: Any) -> None:
+    """Result and gradients as in float64 by the reference."""
+    test_monotonic.assert_parity(test_monotonic.Problem(*leading, **sizes))
+
+
+def test_mix_takes_strides_of_any_kind() -> None:
+    problem = test_monotonic.Problem(6, 9, quantiles=9)
+    quantiles = problem.agent_qs.detach()
+    for view in (
+        torch.randn(6, 10, 5, 9)[:, 1:],
+        torch.randn(6, 9, 9, 5).transpose(2, 3),
+        torch.randn(5, 6, 9, 9).permute(1, 2, 0, 3),
+        quantiles[:1].expand(6, 9, 5, 9),
+        quantiles[..., :1, :].expand(6, 9, 5, 9),
+        quantiles[..., :1].expand(6, 9, 5, 9),
+        non_contiguous(quantiles),
+    ):
+        problem.agent_qs = view.requires_grad_()
+        test_monotonic.assert_parity(problem)
+    problem.states = torch.randn(6, 10, 19)[:, :-1].requires_grad_()
+    test_monotonic.assert_parity(problem)
+
+
+def test_mix_does_not_depend_on_how_often_quantiles_come() -> None:
+    problem = test_monotonic.Problem(20, quantiles=9, dtype=torch.float64)
+    once = problem.run()
+    problem.agent_qs = problem.agent_qs.repeat_interleave(3, -1)
+    assert_close(problem.run(), once.repeat_interleave(3, -1), 1e-13)
+
+
+def test_mix_of_points_is_monotonic() -> None:
+    problem = test_monotonic.Problem(20, quantiles=1)
+    ours = problem.run()
+    expected = monotonic(problem.agent_qs.squeeze(-1), problem.states, problem.params, **problem.settings)
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("rows", [4, 40])
+def test_one_row_spoils_no_other_mix(rows: int) -> None:
+    problem, others = test_monotonic.Problem(rows, quantiles=9), torch.arange(rows) != 2
+    results = []
+    for value in (0.0, torch.nan):
+        with torch.no_grad():
+            problem.agent_qs[2] = value
+            quick = problem.run()
+        mixed = problem.run()
+        results.append([mixed, quick, *torch.autograd.grad(mixed, problem.inputs[:2], torch.ones_like(mixed))])
+    for clean, spoilt in zip(*results, strict=True):
+        assert torch.equal(clean[others], spoilt[others])
+    assert mixed[2].isnan().all() and quick[2].isnan().all()
+
+
+def test_every_subset_of_gradients_of_a_mix() -> None:
+    problem = test_monotonic.Problem(31, quantiles=9, dtype=torch.float64)
+    result = problem.run()
+    upstream = torch.randn_like(result)
+    wanted = torch.autograd.grad(result, problem.inputs, upstream)
+    for subset in ([0], [1], [0, 1], [3], list(range(2, len(wanted)))):
+        inputs = [t.detach().requires_grad_(i in subset) for i, t in enumerate(problem.inputs)]
+        grads = torch.autograd.grad(problem.run(inputs=inputs), [inputs[i] for i in subset], upstream)
+        for i, grad in zip(subset, grads, strict=True):
+            assert_close(grad, wanted[i], 1e-13)
+
+
+def test_mix_keeps_what_monotonic_keeps() -> None:
+    kept = []
+    for quantiles in (None, 9):
+        problem = test_monotonic.Problem(96, quantiles=quantiles)
+        kept.append(saved_bytes(problem.run, problem.inputs))
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_mix_gradcheck(layers: int) -> None:
+    for positivity in POSITIVITIES:
+        problem = test_monotonic.Problem(
+            3, agents=2, quantiles=3, embed=3, hyper=4, state=5, layers=layers, dtype=torch.float64,
+            positivity=positivity,
+        )  # fmt: skip
+        assert torch.autograd.gradcheck(lambda *inputs, p=problem: p.run(inputs=inputs), problem.inputs)
+
+
+def test_mix_under_autocast() -> None:
+    problem = test_monotonic.Problem(9, quantiles=8, grad=False)
+    half = problem.agent_qs.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = quantile_mix(half, problem.states, problem.params)
+    assert torch.equal(result, quantile_mix(half.float(), problem.states, problem.params))
+
+
+@pytest.mark.traced
+@pytest.mark.parametrize("leading", [(7,), (3, 4)])
+def test_opcheck_of_mix(leading: tuple[int, ...]) -> None:
+    problem = test_monotonic.Problem(*leading, quantiles=5)
+    arguments = (problem.agent_qs, problem.states, *problem.params, 0, 1.0)
+    torch.library.opcheck(torch.ops.fastmix.monotonic.default, (*arguments, True))
+    with torch.no_grad():
+        q_tot, activations, signs = torch.ops.fastmix.monotonic.default(*arguments, True)
+    inputs = [t.detach() for t in problem.inputs]
+    arguments = (torch.randn_like(q_tot), *inputs, activations, signs, 0, 1.0, True, False, True)
+    torch.library.opcheck(torch.ops.fastmix.monotonic_backward.default, arguments)
+
+
+@pytest.mark.traced
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_mix_compiles_whole(backend: str) -> None:
+    problem = test_monotonic.Problem(2, 3, 4, quantiles=5)
+    result, wanted = fullgraph(lambda: problem.run(backend))(), problem.run(backend)
+    assert_close(result, wanted, 1e-6)
+    for ours, expected in zip(gradients(result, problem.inputs), gradients(wanted, problem.inputs), strict=True):
+        assert_close(ours, expected, 1e-6)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"quantiles": torch.zeros(4, 5)}, ValueError, "states must have shape"),
+        ({"quantiles": torch.zeros(5)}, ValueError, r"quantiles must have shape \[..., A, N\]"),
+        ({"quantiles": torch.zeros(4, 3, 9)}, ValueError, "params.w1_weight must have shape"),
+        ({"states": torch.zeros(3, 19)}, ValueError, "states must have shape"),
+        ({"states": torch.zeros(4, 19, dtype=torch.float64)}, TypeError, "states must have the dtype"),
+        ({"params": ()}, TypeError, "params must be a MonotonicParams"),
+        ({"positivity": "exp"}, ValueError, "positivity must be one of"),
+    ],
+)
+def test_mix_refuses(changes: dict[str, Any], error: type[Exception], message: str, backend: str) -> None:
+    problem = test_monotonic.Problem(4, quantiles=9, grad=False)
+    good: dict[str, Any] = {"quantiles": problem.agent_qs, "states": problem.states, "params": problem.params}
+    with pytest.raises(error, match=message):
+        quantile_mix(**good | changes, backend=backend)
 
 
 # --- Fractions -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from fastmix.testing.shapes import SHAPES
 
 JOINT = ("duplex", "attention", "recognise", "unrestricted")
-OPS = ("monotonic", *JOINT, "quantile", "recurrent", "returns", "select", "td_loss")
+OPS = ("monotonic", *JOINT, "quantile", "quantile_mix", "recurrent", "returns", "select", "td_loss")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 BASELINES = ("eager", "compile", "autotune", "whole")
@@ -307,6 +308,9 @@ def _planned_ops(args: argparse.Namespace) -> Iterator[Any]:
             elif op == "quantile":
                 for n in (8, 32):
                     yield Planned(partial(cases.quantile, sizes.batch_size, sizes.steps, n, setting, compiled))
+            elif op == "quantile_mix":
+                for rows, n in product(args.rows or (1_920, 15_360), (8, 32)):
+                    yield Planned(partial(joint.quantile_mix, shape, rows, n, train, setting, compiled))
             elif op == "returns":
                 yield Planned(partial(cases.returns, sizes.batch_size, sizes.steps, setting))
             elif op == "select":

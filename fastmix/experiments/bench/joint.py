@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from fastmix import ops
 from fastmix.experiments.bench import baselines, bounds
 from fastmix.experiments.bench.bounds import Ceilings
-from fastmix.experiments.bench.cases import COMPILERS, FLOAT32, Case, Setting, _backends, _compilations, _passes
+from fastmix.experiments.bench.cases import (
+    COMPILERS,
+    FLOAT32,
+    Case,
+    Setting,
+    _backends,
+    _compilations,
+    _passes,
+    mixing_params,
+)
 from fastmix.experiments.bench.parity import Results, compared, near_zero
 from fastmix.ops._layers import Layers, Linear, joint_one_hot, mlp
 from fastmix.ops.attention import AttentionParams
@@ -42,6 +51,10 @@ class Problem(NamedTuple):
     idle: Callable[[Any], list[Tensor]] = lambda module: []
     """parameters of the module that do not move the value: their gradients are rounding, and are not compared"""
     floor: Callable[[Ceilings], float] | None = None
+    quantiles: int | None = None
+    """of the joint value, where it is a distribution: results are ``[rows, 1, quantiles]``"""
+    choice: str | None = None
+    """the entry of `fastmix.backends.TABLE` that decides, where it is not called as the operator is"""
 
 
 def attention(
@@ -199,11 +212,47 @@ def duplex(
     return _case("duplex", shape, rows, train, setting, compiled, problem)
 
 
+def quantile_mix(
+    shape: str,
+    rows: int,
+    quantiles: int,
+    train: bool = True,
+    setting: Setting = FLOAT32,
+    compiled: Sequence[str] = ("compile",),
+) -> Case:
+    """DMIX's mixer (embed 32, hypernet 64) of ``quantiles`` of each agent."""
+    sizes = SHAPES[shape]
+    torch.manual_seed(_SEED)
+    module = baselines.load("distributional").MeanShapeMixer(sizes.n_agents, sizes.state_dim)
+
+    def ours(agent_zs: Tensor, states: Tensor, module: Any, backend: str | None = None) -> Tensor:
+        return ops.quantile_mix(agent_zs, states, mixing_params(module), backend=backend)
+
+    def arguments(agent_zs: Tensor, states: Tensor, module: Any) -> list[Tensor]:
+        generators = (module.hyper_w_1, module.hyper_w_final)
+        return [net[0](states) for net in (*generators, module.V)] + [net(states) for net in generators]
+
+    problem = Problem(
+        module.to(setting.device, setting.dtype),
+        (
+            setting.new(rows, 1, sizes.n_agents, quantiles, requires_grad=True),
+            setting.new(rows, 1, sizes.state_dim),
+        ),
+        ours,
+        arguments,
+        partial(baselines.load("operators").monotonic_products, rows, sizes.n_agents, sizes.state_dim),
+        lambda module, agent_zs, states: module(agent_zs, states).squeeze(2),
+        quantiles=quantiles,
+        choice="quantile",
+    )
+    return _case("quantile_mix", shape, rows, train, setting, compiled, problem)
+
+
 def _case(
     op: str, shape: str, rows: int, train: bool, setting: Setting, compiled: Sequence[str], problem: Problem
 ) -> Case:
     module, inputs = problem.module, problem.inputs
-    cotangent = setting.new(rows, 1, 1)
+    cotangent = setting.new(rows, 1, problem.quantiles or 1)
 
     def passes(calls: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], object]]:
         return _passes(calls, _leaves(inputs, module), cotangent, train, setting)
@@ -211,7 +260,7 @@ def _case(
     def mine(backend: str | None = None) -> Callable[[], Tensor]:
         return partial(problem.ours, *inputs, module, backend=backend)
 
-    able = _backends(op, setting, lambda backend: passes({"ours": mine(backend)})["ours"])
+    able = _backends(problem.choice or op, setting, lambda backend: passes({"ours": mine(backend)})["ours"])
     public = {"eager": module, **_compilations(module, compiled)}
     contestants = passes(
         {"ours": mine(), **{name: mine(name) for name in able.others}}
@@ -223,7 +272,7 @@ def _case(
         op,
         "forward+backward" if train else "forward",
         shape,
-        {"rows": rows},
+        {"rows": rows} | ({} if problem.quantiles is None else {"quantiles": problem.quantiles}),
         contestants,
         _errors(problem, able.others, cotangent, setting),
         setting.tolerance,

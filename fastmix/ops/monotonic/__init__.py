@@ -53,23 +53,29 @@ def monotonic(
 
     Source: Rashid et al. (2018, 2020), QMIX, section 4 and figure 2; Hu et al. (2021) for the other positivities.
     """
+    agent_qs, states, params = checked(agent_qs, states, params, positivity, beta)
+    limit = cuda.limit(agent_qs, states, params, positivity) if agent_qs.is_cuda else None
+    chosen = backends.resolve("monotonic", agent_qs, backend, native_limit=limit)
+    if chosen == "reference" and _checks.autocast_enabled(agent_qs):  # Triton multiplies in autocast's dtype
+        with torch.autocast(agent_qs.device.type, enabled=False):
+            return _run(chosen, agent_qs, states, params, positivity, beta)
+    return _run(chosen, agent_qs, states, params, positivity, beta)
+
+
+def checked(
+    agent_qs: Tensor, states: Tensor, params: MonotonicParams, positivity: str, beta: float
+) -> tuple[Tensor, Tensor, MonotonicParams]:
+    """The tensors among `monotonic`'s arguments as autocast has them, after all checks."""
     if positivity not in POSITIVITIES:
         _checks.check_choice("positivity", positivity, POSITIVITIES)
     if positivity == "softplus" and not 0 < beta < float("inf"):
         raise ValueError(f"beta must be positive and finite, got {beta!r}")
     _check_types(agent_qs, states, params)
-    autocast = _checks.autocast_enabled(agent_qs)
-    if autocast:
+    if _checks.autocast_enabled(agent_qs):
         agent_qs, states = _checks.upcast(agent_qs), _checks.upcast(states)
         params = MonotonicParams(*(_checks.upcast(p) for p in params))  # type: ignore[arg-type]
     _check_shapes(agent_qs, states, params)
-
-    limit = cuda.limit(agent_qs, states, params, positivity) if agent_qs.is_cuda else None
-    chosen = backends.resolve("monotonic", agent_qs, backend, native_limit=limit)
-    if autocast and chosen != "triton":  # which multiplies in autocast's dtype
-        with torch.autocast(agent_qs.device.type, enabled=False):
-            return _run(chosen, agent_qs, states, params, positivity, beta)
-    return _run(chosen, agent_qs, states, params, positivity, beta)
+    return agent_qs, states, params
 
 
 def _run(

@@ -23,14 +23,13 @@ Sizes = tuple[int, int, int, int, int]
 """Rows, agents, embed, hidden (0 with one layer), state features"""
 
 
-def sizes_of(agent_qs: Tensor, states: Tensor, params: tuple[Tensor | None, ...]) -> Sizes:
+def sizes_of(states: Tensor, params: tuple[Tensor | None, ...]) -> Sizes:
     """As the core takes them."""
-    hidden, embed = params[1], params[9]
-    assert embed is not None
-    agents = agent_qs.shape[-1]
-    return (
-        agent_qs.numel() // agents, agents, embed.shape[0], 0 if hidden is None else hidden.shape[0], states.shape[-1],
-    )  # fmt: skip
+    hidden, generated, bias = params[1], params[3], params[9]
+    assert generated is not None and bias is not None
+    embed, state_dim = bias.shape[0], states.shape[-1]
+    agents, hidden_width = generated.shape[0] // embed, 0 if hidden is None else hidden.shape[0]
+    return states.numel() // state_dim, agents, embed, hidden_width, state_dim
 
 
 def dense_params(params: tuple[Tensor | None, ...]) -> tuple[list[int], tuple[Tensor | None, ...]]:

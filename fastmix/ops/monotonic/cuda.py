@@ -74,7 +74,7 @@ def _forward(agent_qs: Tensor, states: Tensor, *rest: Any) -> tuple[Tensor, Tens
 
     params, (positivity, training) = rest[:14], rest[14:]
     sizes, states, (addresses, dense) = (
-        sizes_of(agent_qs, states, params),
+        sizes_of(states, params),
         with_dense_rows("monotonic", states),
         dense_params(params),
     )
@@ -96,7 +96,7 @@ def _backward_forward(grad_q_tot: Tensor, agent_qs: Tensor, states: Tensor, *res
     from fastmix import _core
 
     params, (kept, positivity, wants_states, wants_params) = rest[:14], rest[14:]
-    sizes, states = sizes_of(agent_qs, states, params), with_dense_rows("monotonic", states)
+    sizes, states = sizes_of(states, params), with_dense_rows("monotonic", states)
     device, queue_on, full = agent_qs.device, _library.queue_on, _full_precision()
     rows, agents = sizes[:2]
     wants_signs = wants_params and positivity == POSITIVITY_CODES["abs"]

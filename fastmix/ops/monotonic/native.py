@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmix.ops import _library
-from fastmix.ops._rows import layout, with_dense_rows
+from fastmix.ops._rows import Rows, layout, with_dense_rows
 from fastmix.ops.monotonic.arguments import INPUTS, POSITIVITY_CODES, dense_params, sizes_of
 from fastmix.ops.monotonic.types import MonotonicParams
 
@@ -19,7 +19,9 @@ _ABS: Final = POSITIVITY_CODES["abs"]
 def monotonic(agent_qs: Tensor, states: Tensor, params: MonotonicParams, positivity: str, beta: float) -> Tensor:
     """See `fastmix.ops.monotonic`; arguments are already checked.
 
-    ``[N, A]`` and ``[N, S]`` give ``[N, 1]``, ``[B, N, A]`` and ``[B, N, S]`` give ``[B, N, 1]``.
+    ``[N, A]`` and ``[N, S]`` give ``[N, 1]``, ``[B, N, A]`` and ``[B, N, S]`` give ``[B, N, 1]``. With one axis more
+    ``agent_qs`` are Q quantiles of each agent, and this is `fastmix.ops.quantile_mix`: ``[N, A, Q]`` gives ``[N, Q]``,
+    ``[B, N, A, Q]`` gives ``[B, N, Q]``.
     """
     training = _library.wants_grad((agent_qs, states, *params))
     q_tot: Tensor = _monotonic(agent_qs, states, *params, POSITIVITY_CODES[positivity], beta, training)[0]
@@ -32,20 +34,21 @@ def _forward(agent_qs: Tensor, states: Tensor, *rest: Any) -> tuple[Tensor, Tens
 
     params, (positivity, beta, training) = rest[:14], rest[14:]
     sizes, states, (addresses, kept) = (
-        sizes_of(agent_qs, states, params),
+        sizes_of(states, params),
         with_dense_rows("monotonic", states),
         dense_params(params),
     )
     dtype, is_double = agent_qs.dtype, agent_qs.dtype == torch.float64
-    q_tot = torch.empty((*agent_qs.shape[:-1], 1), dtype=dtype)
+    agents, quantiles = _agents(agent_qs, states)
+    q_tot = torch.empty((*states.shape[:-1], quantiles[0]), dtype=dtype)
     if not training:
         activations, signs = torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype)
     else:
-        padded_rows, columns, sign_bytes = _saved(sizes[0], *sizes[1:4], is_double)
+        padded_rows, columns, sign_bytes = _saved(*sizes[:4], is_double)
         activations = torch.empty(padded_rows, columns, dtype=dtype)
         signs = torch.empty(padded_rows, sign_bytes if positivity == _ABS else 0, dtype=torch.uint8)
     _core.monotonic_forward(
-        layout(agent_qs), layout(states), addresses, q_tot.data_ptr(), activations.data_ptr(), signs.data_ptr(),
+        agents, quantiles, layout(states), addresses, q_tot.data_ptr(), activations.data_ptr(), signs.data_ptr(),
         sizes, positivity, beta, is_double, torch.get_num_threads(),
     )  # fmt: skip
     del kept
@@ -59,19 +62,26 @@ def _backward_forward(grad_q_tot: Tensor, agent_qs: Tensor, states: Tensor, *res
     params, (activations, signs, positivity, beta, wants_qs, wants_states, wants_params) = rest[:14], rest[14:]
     grads = _empty_grads(agent_qs, states, params, wants_qs, wants_states, wants_params)
     sizes, states, (addresses, kept) = (
-        sizes_of(agent_qs, states, params),
+        sizes_of(states, params),
         with_dense_rows("monotonic", states),
         dense_params(params),
     )
     grad_q_tot, is_double = grad_q_tot.contiguous(), agent_qs.dtype == torch.float64
     grad_addresses = [grad.data_ptr() for grad in grads]
     _core.monotonic_backward(
-        layout(agent_qs), layout(states), addresses, grad_q_tot.data_ptr(), activations.data_ptr(), signs.data_ptr(),
-        grad_addresses[0], grad_addresses[1], grad_addresses[2:] if wants_params else None,
+        *_agents(agent_qs, states), layout(states), addresses, grad_q_tot.data_ptr(), activations.data_ptr(),
+        signs.data_ptr(), grad_addresses[0], grad_addresses[1], grad_addresses[2:] if wants_params else None,
         sizes, positivity, beta, is_double, torch.get_num_threads(),
     )  # fmt: skip
     del kept
     return grads
+
+
+def _agents(agent_qs: Tensor, states: Tensor) -> tuple[Rows, tuple[int, int]]:
+    """Where the agents' values lie, or their first quantiles; how many there are, and their stride."""
+    if agent_qs.dim() == states.dim():
+        return layout(agent_qs), (1, 1)
+    return layout(agent_qs.select(-1, 0)), (agent_qs.shape[-1], agent_qs.stride(-1))
 
 
 @cache
@@ -112,14 +122,10 @@ def _nothing(like: Tensor) -> Tensor:
 
 def _fake(agent_qs: Tensor, states: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     params, (positivity, _, training) = rest[:14], rest[14:]
-    q_tot = agent_qs.new_empty((*agent_qs.shape[:-1], 1))
+    q_tot = agent_qs.new_empty((*states.shape[:-1], 1 if agent_qs.dim() == states.dim() else agent_qs.shape[-1]))
     if not training:
         return q_tot, agent_qs.new_empty(0), agent_qs.new_empty(0)
-    agents = agent_qs.shape[-1]
-    hidden = 0 if params[1] is None else params[1].shape[0]
-    padded_rows, columns, sign_bytes = _saved(
-        agent_qs.numel() // agents, agents, params[9].shape[0], hidden, agent_qs.dtype == torch.float64
-    )
+    padded_rows, columns, sign_bytes = _saved(*sizes_of(states, params)[:4], agent_qs.dtype == torch.float64)
     signs = agent_qs.new_empty(padded_rows, sign_bytes if positivity == _ABS else 0, dtype=torch.uint8)
     return q_tot, agent_qs.new_empty(padded_rows, columns), signs
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastmix import backends
-from fastmix.ops import _checks
-from fastmix.ops.monotonic import MonotonicParams, monotonic
+from fastmix.ops import _checks, _library
+from fastmix.ops.monotonic import MonotonicParams, checked, monotonic
 from fastmix.ops.quantile import native, reference
 from fastmix.ops.quantile.types import MeanShape, QuantileLoss
 
@@ -124,6 +124,9 @@ def quantile_mix(
 ) -> Tensor:
     """DMIX: the agents' means mixed monotonically, their shapes added: ``monotonic(means, states) + shape``.
 
+    On the CPU backend ``"native"`` makes it in one pass, forward and backward: neither means nor ``monotonic``'s result
+    reach memory. Elsewhere it is that composition of `mean_shape` and `monotonic`.
+
     Args:
         quantiles: ``[..., A, N]``; any strides.
         states: ``[..., S]``, with the leading dimensions of ``quantiles``.
@@ -137,8 +140,14 @@ def quantile_mix(
 
     Source: Sun et al. (2021), DFAC, section 3 (DMIX).
     """
-    means, shape = mean_shape(quantiles, backend=backend)
-    return monotonic(means, states, params, positivity=positivity, beta=beta, backend=backend) + shape
+    _check_quantiles(quantiles)
+    if _checks.autocast_enabled(quantiles):
+        quantiles = _checks.upcast(quantiles)
+    if _library.on_cuda(quantiles) or backends.resolve("quantile", quantiles, backend) != "native":
+        means, shape = mean_shape(quantiles, backend=backend)
+        return monotonic(means, states, params, positivity=positivity, beta=beta, backend=backend) + shape
+    _, states, params = checked(quantiles.select(-1, 0), states, params, positivity, beta)
+    return native.quantile_mix(quantiles, states, params, positivity, beta)
 
 
 def fractions(

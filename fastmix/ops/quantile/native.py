@@ -2,6 +2,8 @@
 
 The gradient still lacks the factor with the normaliser: when it is written, the mask's sum is not known, and on CUDA
 the host does not wait for it. The backward pass multiplies by it together with the gradient of the loss.
+
+On the CPU the mean-shape mix is the op `monotonic` itself, which takes distributions, too.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor
 
 from fastmix.ops import _library
+from fastmix.ops.monotonic.native import monotonic
+from fastmix.ops.monotonic.types import MonotonicParams
 from fastmix.ops.quantile.types import MeanShape, QuantileLoss
 
 _run_loss, _run_fractions = _library.CoreFunction("quantile_loss"), _library.CoreFunction("fractions")
@@ -49,6 +53,16 @@ def mean_shape(quantiles: Tensor) -> MeanShape:
     if len(leading) != 2:
         means, shape = means.reshape(*leading, means.shape[-1]), shape.reshape(*leading, shape.shape[-1])
     return MeanShape(means, shape)
+
+
+def quantile_mix(quantiles: Tensor, states: Tensor, params: MonotonicParams, positivity: str, beta: float) -> Tensor:
+    """See `fastmix.ops.quantile_mix`; arguments are already checked, and on the CPU."""
+    leading = quantiles.shape[:-2]
+    if len(leading) not in (1, 2):
+        rows = leading.numel()
+        quantiles, states = quantiles.reshape(rows, *quantiles.shape[-2:]), states.reshape(rows, states.shape[-1])
+    mixed = monotonic(quantiles, states, params, positivity, beta)
+    return mixed if mixed.dim() == len(leading) + 1 else mixed.reshape(*leading, mixed.shape[-1])
 
 
 def fractions(shape: Sequence[int], key: Tensor, stream: int, dtype: torch.dtype) -> Tensor:
