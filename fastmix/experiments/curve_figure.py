@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ def save_curves(path: Path, columns: Sequence[Column], title: str) -> bool:
         return False
     labels = list(dict.fromkeys(label for column in columns for label in column.runs))
     figure = Figure(figsize=(4.6 * len(columns), 3.4 * len(AXES) + 0.8), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(textwrap.fill(title, 48 * len(columns)))
     grid = figure.subplots(len(AXES), len(columns), squeeze=False)
     for (axis, name), row in zip(AXES.items(), grid, strict=True):
         for column, plot in zip(columns, row, strict=True):
