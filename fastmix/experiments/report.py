@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from fastmix.experiments.curve_figure import Column, save_curves
 from fastmix.experiments.curves import METRICS, RunCurve, find_runs, group, marl_eval, summarise
-from fastmix.train.checkpoint import write_json
+from fastmix.train.checkpoint import write_json, write_text
 
 Grouped = Mapping[str, Mapping[str, Sequence[RunCurve]]]
 
@@ -59,7 +60,7 @@ def write_report(folder: Path, grouped: Grouped) -> list[Path]:
     }
     write_json(folder / "report.json", summary)
     runs = [run for algorithms in grouped.values() for seeds in algorithms.values() for run in seeds]
-    write_json(folder / "marl_eval.json", marl_eval(runs))
+    write_text(folder / "marl_eval.json", json.dumps(marl_eval(runs)) + "\n")  # a number of every episode: no indents
     return [text, folder / "report.json", folder / "marl_eval.json"]
 
 
