@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """Train the grid, print, draw, write; returns the exit status."""
     if args.resume is not None:
         given = [name for name in ("algos", "preset", "punishments") if getattr(args, name) is not None]
-        sweep = resume(args, "reproduce", given, t_max=args.t_max)
+        sweep = resume(args, "reproduce", given, {} if args.t_max is None else {"t_max": args.t_max})
     else:
         punishments = PUNISHMENTS if args.punishments is None else args.punishments
         n_seeds, t_max = positive(args, "seeds", DEFAULT_SEEDS), positive(args, "t_max", T_MAX)

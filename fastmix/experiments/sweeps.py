@@ -78,30 +78,23 @@ def start(
 
 
 def resume(
-    args: argparse.Namespace,
-    command: str,
-    settings: Sequence[str],
-    machine: Mapping[str, Any] | None = None,
-    t_max: int | None = None,
+    args: argparse.Namespace, command: str, settings: Sequence[str], changes: Mapping[str, Any] | None = None
 ) -> Sweep:
-    """The sweep in ``--resume``, with the settings it has but for those in ``machine`` (of `TrainConfig.MACHINE`).
+    """The sweep in ``--resume``, with the settings it has but for ``changes`` (of `TrainConfig.CHANGEABLE`).
 
-    With ``t_max`` its runs go on to so many steps, those that had ended too. ``settings`` names the other options that
-    were given all the same. Raises ``ValueError`` for any of those and for a ``t_max`` that would shorten the runs,
-    ``FileNotFoundError`` where there is no sweep.
+    With another ``t_max`` its runs go on to so many steps, those that had ended too. ``settings`` names the other
+    options that were given all the same. Raises ``ValueError`` for any of those and for a ``t_max`` that would shorten
+    the runs, ``FileNotFoundError`` where there is no sweep.
     """
     for name in (*settings, *(name for name in ("seeds", "out") if getattr(args, name) is not None)):
         flag = "--" + name.replace("_", "-")
         raise ValueError(f"{flag} cannot be given with --resume: {args.resume} keeps the settings it was started with")
     runs, extra = load_sweep(args.resume, command)
-    runs = [replace(run, config=replace(run.config, **(machine or {}))) for run in runs]
-    if t_max is not None:
-        before = Plan.of(runs[0].config).t_max
-        if t_max < before:
-            raise ValueError(f"--t-max is {t_max}; the runs in {args.resume} are of {before} steps, and can only go on")
-        runs = [replace(run, config=replace(run.config, t_max=t_max)) for run in runs]
+    before, changes = runs[0].config, changes or {}
+    runs = [replace(run, config=replace(run.config, **changes)) for run in runs]
     workers, plan = _check(args, [run.config for run in runs])
-    if t_max is not None:
+    plan.check_goes_on(before, args.resume)
+    if "t_max" in changes:
         save_sweep(args.resume, command, runs, **extra)
     return Sweep(command, args.resume, runs, workers, plan, not args.no_progress, extra)
 

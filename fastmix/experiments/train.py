@@ -36,17 +36,15 @@ def run(args: argparse.Namespace) -> int:
     """Train, print, write; returns the exit status. Raises ``ValueError`` and relatives for settings that cannot be."""
     settings, overrides = given(args, TrainConfig), given(args, AlgorithmConfig)
     if args.resume is not None:
-        machine = {name: settings.pop(name) for name in TrainConfig.MACHINE & settings.keys()}
-        t_max = settings.pop("t_max", None)
-        sweep = resume(args, "train", [*settings, *overrides], machine, t_max)
+        changes = {name: settings.pop(name) for name in TrainConfig.CHANGEABLE & settings.keys()}
+        sweep = resume(args, "train", [*settings, *overrides], changes)
     else:
         config = TrainConfig(**settings, overrides=overrides)
         config = dataclasses.replace(config, env=_absolute(config.env))
         seeds = range(config.seed, config.seed + positive(args, "seeds", 1))
         configs = {f"seed-{seed}": dataclasses.replace(config, seed=seed) for seed in seeds}
         sweep = start(args, "train", configs, Path("runs") / _slug(config.env) / config.algo)
-    config, folder = sweep.runs[0].config, sweep.folder
-    t_max = sweep.plan.t_max
+    config, folder, t_max = sweep.runs[0].config, sweep.folder, sweep.plan.t_max
     print(f"{config.algo} ({config.preset}) on {config.env}: {len(sweep.runs)} seed(s) of {t_max} steps, {folder}")
     for sentence in sweep.plan.sentences():
         print(f"  {sentence}")

@@ -24,8 +24,9 @@ class TrainConfig:
     same machine with the same thread count. Raises ``ValueError`` naming the setting, its value and what it must be.
     """
 
-    MACHINE: ClassVar[frozenset[str]] = frozenset({"graphs", "replay_device"})
-    """Settings that suit a run to its machine and change no number of it: a resumed run may have others."""
+    CHANGEABLE: ClassVar[frozenset[str]] = frozenset({"graphs", "replay_device", "t_max"})
+    """Settings of which a resumed run may have others: those that suit it to its machine and change no number of it,
+    and a later end."""
 
     algo: str = option("qmix", "algorithm, a name of fastmix.algorithms.REGISTRY")
     env: str = option(

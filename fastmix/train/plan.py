@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class Plan:
             info,
             settings,
             epsilon,
-            t_max=config.t_max or info.t_max or DEFAULT_T_MAX,
+            t_max=_length(config, info),
             test_interval=config.test_interval or info.test_interval or DEFAULT_TEST_INTERVAL,
             test_nepisode=config.test_nepisode or info.test_nepisode or DEFAULT_TEST_NEPISODE,
             obs_dtype=obs_dtype,
@@ -89,6 +90,12 @@ class Plan:
         """What ``config.json`` of the run holds."""
         settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self.settings)))  # tuples become lists
         return {"train": self.config.to_json(), "algorithm": settings}
+
+    def check_goes_on(self, before: TrainConfig, folder: Path) -> None:
+        """Raise ``ValueError`` where this would shorten what ``folder`` holds, begun as ``before``."""
+        length = _length(before, self.info)
+        if self.t_max < length:
+            raise ValueError(f"--t-max is {self.t_max}; the runs in {folder} are of {length} steps, and can only go on")
 
     def sentences(self) -> list[str]:
         """What a user wants to know before a long run starts: memory, graphs, how often each episode is learnt from."""
@@ -145,6 +152,10 @@ def scheme_of(info: EnvInfo) -> Scheme:
 def overrides_of(config: TrainConfig, info: EnvInfo) -> dict[str, Any]:
     """Settings over those of the algorithm's preset: what is usual for the environment, then what the user gave."""
     return {**info.settings, **config.overrides}
+
+
+def _length(config: TrainConfig, info: EnvInfo) -> int:
+    return config.t_max or info.t_max or DEFAULT_T_MAX
 
 
 def _obs_dtype(config: TrainConfig, info: EnvInfo) -> ObsDtype:

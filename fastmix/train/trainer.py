@@ -91,7 +91,7 @@ class Trainer:
         seeds = _seeds(config.seed)
 
         plan = Plan.of(config)
-        _check_folder(folder, plan.description)
+        _check_folder(folder, plan)
         for sentence in plan.sentences():
             announce(sentence)
         n_envs = plan.settings.batch_size_run
@@ -401,17 +401,18 @@ def _origin(*same: BatchedEnv) -> dict[str, Any]:
     return {"env_build": ", ".join(builds), "failed_games": sum(env.failures for env in external)}
 
 
-def _check_folder(folder: Path, description: dict[str, Any]) -> None:
-    """A folder that holds a run must hold this one."""
+def _check_folder(folder: Path, plan: Plan) -> None:
+    """A folder that holds a run must hold this one, which may go on beyond its end."""
     path = folder / CONFIG_FILE
     if path.is_file():
         saved = json.loads(path.read_text(encoding="utf-8"))
-        for part, values in description.items():
+        for part, values in plan.description.items():
             _check_same(folder, saved.get(part, {}), values)
+        plan.check_goes_on(TrainConfig.from_json(saved["train"]), folder)
 
 
 def _check_same(folder: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
-    for name in sorted((set(saved) | set(ours)) - TrainConfig.MACHINE - {"t_max"}):  # a run may go on beyond its end
+    for name in sorted((set(saved) | set(ours)) - TrainConfig.CHANGEABLE):
         if saved.get(name) != ours.get(name):
             raise ValueError(
                 f"{folder} holds a run with {name} = {saved.get(name)!r}, and it would now be {ours.get(name)!r}; "

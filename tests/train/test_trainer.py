@@ -384,6 +384,8 @@ def test_another_config_does_not_continue_a_run(tmp_path: Path) -> None:
         Trainer(replace(MATRIX, seed=1), tmp_path)
     with pytest.raises(ValueError, match="overrides"):
         Trainer(replace(MATRIX, overrides=SMALL | {"lr": 0.1}), tmp_path)
+    with pytest.raises(ValueError, match=r"t-max is 80; the runs in .* are of 160 steps, and can only go on"):
+        Trainer(replace(MATRIX, t_max=80), tmp_path)
 
 
 def test_the_constructor_writes_nothing(tmp_path: Path) -> None:
